@@ -1,0 +1,1 @@
+"""Flax video diffusion transformers whose matmul is an argument. Knows sdq and pallas_kernels."""

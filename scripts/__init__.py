@@ -1,0 +1,1 @@
+"""Research entry points, run from a checkout: `python -m scripts.<name>`."""

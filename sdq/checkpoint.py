@@ -1,0 +1,426 @@
+"""save and load: a quantised parameter tree on disk, through Orbax, with a manifest that proves it whole.
+
+    PATH/manifest.json     what every leaf is, and size and SHA-256 of every file
+    PATH/data-<n>/         the arrays, one Orbax (zarr3) folder each, so that a damaged file names its leaf
+
+Atomic: a save writes a new data folder first and then replaces the manifest in one rename, so a killed save
+leaves the old checkpoint or the new one. What a killed save left behind goes with the next save.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdq import formats, qtensor, rules
+from sdq.qtensor import QTensor
+from sdq.tree import LeafReport
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read. The message names the file, the leaf and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LeafEntry:
+    """One leaf of a checkpoint, as its manifest describes it.
+
+    `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array folders.
+    """
+
+    path: str
+    format: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int | None
+    nbytes: int
+    sqnr_db: float | None
+    arrays: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds. `files` maps file names to (bytes, SHA-256)."""
+
+    data: str
+    leaves: tuple[LeafEntry, ...]
+    files: dict[str, tuple[int, str]]
+    written_by: dict[str, str]
+    metadata: dict[str, Any]
+
+
+def save(
+    path: str | os.PathLike,
+    params: Any,
+    *,
+    reports: Iterable[LeafReport] = (),
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write a tree of arrays and QTensors; replaces a checkpoint that is there already.
+
+    Args:
+      path: a folder, made if need be. Must not hold anything but a checkpoint.
+      params: the tree. Sharded arrays are written by the processes that hold them.
+      reports: from `quantize_params`, so that `sdq inspect` can show each leaf's error.
+      metadata: anything JSON can hold, for the caller (model name, recipe, ...).
+    """
+    root = pathlib.Path(path).absolute()
+    _check_ours(root)
+    leaves = rules.flatten(params)
+    entries, arrays = _entries(leaves, {r.path: r.sqnr_db for r in reports})
+    data = root / f"data-{_same_everywhere(_next_number(root))}"
+    root.mkdir(parents=True, exist_ok=True)
+    _write_arrays(data, arrays)
+    if jax.process_index() == 0:
+        manifest = Manifest(
+            data=data.name,
+            leaves=tuple(entries),
+            files={name: _fingerprint(data / name) for name in _files(data)},
+            written_by={
+                name: importlib.metadata.version(name)
+                for name in ("sdq", "jax", "orbax-checkpoint")
+            },
+            metadata=metadata or {},
+        )
+        _write_manifest(root, manifest)
+        for old in root.glob("data-*"):
+            if old != data:
+                shutil.rmtree(old)
+
+
+def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> Any:
+    """Read a tree that `save` wrote.
+
+    Args:
+      path: the checkpoint's folder.
+      like: a tree of the wanted structure, whose leaves (arrays, ShapeDtypeStructs, or QTensors of either) may
+        carry shardings; see `abstract`. Default: nested dicts by path, on the default device.
+      verify: check size and SHA-256 of every file first.
+    Raises:
+      CheckpointError: damaged, incomplete, of a newer version, or of a format this sdq does not know.
+      ValueError: `like` is not the checkpoint's tree; every difference is listed.
+    """
+    root = pathlib.Path(path).absolute()
+    manifest = read_manifest(root)
+    stored = {entry.path: _abstract_leaf(root, entry) for entry in manifest.leaves}
+    if verify:
+        _verify(root, manifest)
+    wanted = stored if like is None else rules.flatten(like)
+    _check_like(wanted, stored)
+    arrays = _read_arrays(root, manifest, wanted)
+    leaves = {
+        entry.path: _assemble(stored[entry.path], entry, arrays)
+        for entry in manifest.leaves
+    }
+    if like is None:
+        return _nested(leaves)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: leaves[rules.path_of(keys)], like, is_leaf=rules.is_qtensor
+    )
+
+
+def abstract(path: str | os.PathLike) -> Any:
+    """The tree of a checkpoint without its numbers: ShapeDtypeStructs, and QTensors of them, in nested dicts."""
+    root = pathlib.Path(path).absolute()
+    entries = read_manifest(root).leaves
+    return _nested({entry.path: _abstract_leaf(root, entry) for entry in entries})
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest:
+    """The manifest of a checkpoint, checked for version and damage. Reads no arrays."""
+    file = pathlib.Path(path).absolute() / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: no such file, so {file.parent} is no sdq checkpoint; "
+            "give the folder that `sdq.save` wrote"
+        )
+    try:
+        document = json.loads(file.read_text())
+        version, body = document["version"], document["body"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error!r}); {_REMEDY}") from None
+    if version != VERSION:
+        raise CheckpointError(
+            f"{file}: checkpoint version {version}, this sdq reads version {VERSION}; "
+            "install a newer sdq, or save the checkpoint again with this one"
+        )
+    if document.get("sha256") != _digest(body):
+        raise CheckpointError(f"{file}: damaged (its checksum differs); {_REMEDY}")
+    return Manifest(
+        data=body["data"],
+        leaves=tuple(
+            LeafEntry(**{**leaf, "shape": tuple(leaf["shape"])})
+            for leaf in body["leaves"]
+        ),
+        files={name: tuple(facts) for name, facts in body["files"].items()},
+        written_by=body["written_by"],
+        metadata=body["metadata"],
+    )
+
+
+_REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
+
+
+def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
+    """Manifest entries, and the arrays by folder name."""
+    entries, arrays = [], {}
+    for path, leaf in leaves.items():
+        if not rules.is_qtensor(leaf) and not isinstance(leaf, jax.Array | np.ndarray):
+            raise ValueError(
+                f"save: leaf {path!r} is no array but {type(leaf).__name__}"
+            )
+        quantised = rules.is_qtensor(leaf)
+        parts = leaf.parts if quantised else {"array": leaf}
+        names = {}
+        for part, array in parts.items():
+            stem = path.replace("/", ".") + (f".{part}" if quantised else "")
+            name = stem
+            while name in arrays:  # "a.b" beside "a/b"
+                name += "_"
+            arrays[name], names[part] = array, name
+        entries.append(
+            LeafEntry(
+                path=path,
+                format=str(leaf.format) if quantised else None,
+                shape=tuple(leaf.shape),
+                dtype=np.dtype(leaf.dtype).name,
+                axis=leaf.axis if quantised else None,
+                nbytes=sum(a.nbytes for a in parts.values()),
+                sqnr_db=sqnr_db.get(path),
+                arrays=names,
+            )
+        )
+    return entries, arrays
+
+
+def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
+    """ShapeDtypeStruct, or a QTensor of them."""
+    dtype = np.dtype(entry.dtype)
+    if entry.format is None:
+        return jax.ShapeDtypeStruct(entry.shape, dtype)
+    try:
+        fmt = formats.parse(entry.format)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{root / MANIFEST}: leaf {entry.path!r}: {error}; "
+            "install the sdq that knows this format"
+        ) from None
+    lead = list(entry.shape)
+    length = lead.pop(entry.axis)
+    parts = qtensor.expected_parts(fmt, tuple(lead), length)
+    return QTensor(
+        codes=parts["codes"],
+        scales=parts["scales"],
+        outer=parts.get("outer"),
+        format=fmt,
+        length=length,
+        axis=entry.axis,
+        dtype=dtype,
+    )
+
+
+def _assemble(leaf: Any, entry: LeafEntry, arrays: dict[str, jax.Array]) -> Any:
+    parts = {part: arrays[name] for part, name in entry.arrays.items()}
+    if not rules.is_qtensor(leaf):
+        return parts["array"]
+    return dataclasses.replace(leaf, **parts)
+
+
+def _check_like(wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    problems = [f"- {path}: wanted, not in the checkpoint" for path in wanted.keys() - stored]
+    problems += [f"+ {path}: in the checkpoint, not wanted" for path in stored.keys() - wanted]
+    for path in wanted.keys() & stored.keys():
+        if (want := _signature(wanted[path])) != (have := _signature(stored[path])):
+            problems.append(f"! {path}: wanted {want}, stored {have}")
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise ValueError(f"load: `like` is not the checkpoint's tree:\n  {listed}")
+
+
+def _signature(leaf: Any) -> str:
+    if rules.is_qtensor(leaf):
+        return repr(leaf)
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _write_arrays(data: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+    # Orbax refuses arrays without elements; the manifest alone restores them.
+    kept = {name: array for name, array in arrays.items() if array.size}
+    if not kept:
+        data.mkdir()
+        return
+    with _orbax() as (ocp, checkpointer):
+        checkpointer.save(data, args=ocp.args.PyTreeSave(kept))
+
+
+def _read_arrays(
+    root: pathlib.Path, manifest: Manifest, wanted: dict[str, Any]
+) -> dict[str, jax.Array]:
+    targets: dict[str, Any] = {}
+    for entry in manifest.leaves:
+        leaf = wanted[entry.path]
+        parts = leaf.parts if rules.is_qtensor(leaf) else {"array": leaf}
+        targets |= {name: parts[part] for part, name in entry.arrays.items()}
+    arrays = {n: jnp.zeros(t.shape, t.dtype) for n, t in targets.items() if not t.size}
+    stored = {name: t for name, t in targets.items() if name not in arrays}
+    if not stored:
+        return arrays
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with _orbax() as (ocp, checkpointer):
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(
+                sharding=getattr(target, "sharding", None) or here,
+                global_shape=target.shape,
+                dtype=target.dtype,
+            )
+            for name, target in stored.items()
+        }
+        structs = {
+            name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in stored.items()
+        }
+        try:
+            arrays |= checkpointer.restore(
+                root / manifest.data,
+                args=ocp.args.PyTreeRestore(item=structs, restore_args=restore_args),
+            )
+        except Exception as error:
+            # Whatever tensorstore or Orbax made of damaged files that nobody verified.
+            raise CheckpointError(
+                f"{root / manifest.data}: cannot be read ({error}); "
+                f"load with verify=True to learn which file; {_REMEDY}"
+            ) from error
+    return arrays
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[tuple[Any, Any]]:
+    """Orbax and a checkpointer that writes one folder for each array.
+
+    Imported here because Orbax takes a second to import, which `import sdq` need not pay.
+    """
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+    absl, checkpointer = logging.getLogger("absl"), ocp.Checkpointer(handler)
+    level = absl.level
+    absl.setLevel(logging.ERROR)  # it warns about features that are not used here
+    try:
+        yield ocp, checkpointer
+    finally:
+        absl.setLevel(level)
+        checkpointer.close()
+
+
+def _verify(root: pathlib.Path, manifest: Manifest) -> None:
+    """Every file present, of its size and with its SHA-256."""
+    leaf_of = {
+        name: entry.path for entry in manifest.leaves for name in entry.arrays.values()
+    }
+    for name, (nbytes, digest) in manifest.files.items():
+        file = root / manifest.data / name
+        leaf = leaf_of.get(name.split("/")[0])
+        where = f"{file}" + (f" (leaf {leaf!r})" if leaf else "")
+        if not file.is_file():
+            raise CheckpointError(f"{where}: missing; {_REMEDY}")
+        if (size := file.stat().st_size) != nbytes:
+            raise CheckpointError(
+                f"{where}: {size} bytes instead of {nbytes}; {_REMEDY}"
+            )
+        if _fingerprint(file)[1] != digest:
+            raise CheckpointError(f"{where}: contents changed (SHA-256); {_REMEDY}")
+
+
+def _write_manifest(root: pathlib.Path, manifest: Manifest) -> None:
+    body = dataclasses.asdict(manifest)
+    document = {"version": VERSION, "sha256": _digest(body), "body": body}
+    temporary = root / f"{MANIFEST}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(document, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / MANIFEST)
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(file: pathlib.Path) -> tuple[int, str]:
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, digest
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    return sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+
+
+def _check_ours(root: pathlib.Path) -> None:
+    """Refuse to write into a folder of something else."""
+    if root.is_file():
+        raise ValueError(f"save: {root} is a file; give a folder")
+    strangers = [
+        item.name
+        for item in (root.iterdir() if root.is_dir() else ())
+        if not item.name.startswith((MANIFEST, "data-"))
+    ]
+    if strangers:
+        raise ValueError(
+            f"save: {root} holds other things ({', '.join(sorted(strangers)[:3])}, ...); "
+            "give a new folder"
+        )
+
+
+def _next_number(root: pathlib.Path) -> int:
+    taken = [
+        int(number)
+        for folder in root.glob("data-*")
+        if (number := folder.name.removeprefix("data-").split(".")[0]).isdigit()
+    ]
+    return max(taken, default=0) + 1
+
+
+def _same_everywhere(number: int) -> int:
+    """Process 0's number, on every process."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _nested(leaves: dict[str, Any]) -> Any:
+    """Leaves by path -> nested dicts; a lone leaf with the empty path is the tree itself."""
+    if set(leaves) == {""}:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,93 @@
+"""Dialect formats (sdq32, dialectfp4, e2m1): 4-bit codes, a metadata byte a block, an exponent a row.
+
+A value is `sign * magnitudes[dialect][index] * 2^e` with `e = row exponent - exponent below the row's`.
+A code is `[sign : 1 | index : 3]`.
+
+  block exponent  floor(log2 amax) - 3, so that the block maximum lands in [8, 16) half-units, but never
+                  more than 7 below the row's and never below -125 (every value stays a normal float32)
+  row exponent    the largest of its blocks', int8 in [-125, 124]; -128 marks a row with NaN or Inf
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sdq import formatbook, packing, select
+from sdq.codecs.encoded import Encoded
+from sdq.formatbook import EXPONENT_WINDOW
+from sdq.formats import Format
+from sdq.numerics import (
+    NON_FINITE,
+    exponent_of,
+    largest_magnitude,
+    power_of_two,
+)
+
+BAD_ROW = -128
+LOWEST_EXPONENT = -125
+
+
+def encode(
+    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
+) -> Encoded:
+    """float32 `[..., G, block]` -> codes uint8 of that shape, metadata `[..., G]`, row exponent `[..., 1]`."""
+    book = formatbook.BOOKS[fmt.book or ""]
+    block_exponent = exponent_of(largest_magnitude(x))  # [..., G]
+    highest = jnp.max(block_exponent, axis=-1, keepdims=True, initial=LOWEST_EXPONENT)
+    bad = highest == NON_FINITE
+    row = jnp.maximum(highest - 3, LOWEST_EXPONENT)
+    lowest = jnp.maximum(row - EXPONENT_WINDOW, LOWEST_EXPONENT)
+    exponent = jnp.clip(block_exponent - 3, lowest, row)
+
+    u = jnp.abs(x) * power_of_two(-exponent)[..., None]
+    u = jnp.where(bad[..., None], 0.0, u)
+    dialect = select.RULES[rule](u, book, importance)
+    index = jnp.asarray(formatbook.index_table(book)).reshape(-1)[
+        dialect[..., None] * formatbook.BINS + select.bins(u)
+    ]
+    sign = jnp.signbit(x).astype(jnp.uint8) << 3
+    return Encoded(
+        codes=sign | index,
+        scales=packing.pack_metadata(row - exponent, dialect),
+        outer=jnp.where(bad, BAD_ROW, row).astype(jnp.int8),
+    )
+
+
+def decode(encoded: Encoded, fmt: Format) -> jax.Array:
+    """float32 `[..., G, block]`; a bad row is NaN throughout."""
+    below, dialect = packing.unpack_metadata(encoded.scales)
+    row = encoded.outer.astype(jnp.int32)
+    bad = row == BAD_ROW
+    exponent = jnp.where(bad, 0, row - below)
+    step = jnp.where(bad, jnp.nan, power_of_two(exponent))
+    table = jnp.asarray(formatbook.magnitudes(formatbook.BOOKS[fmt.book or ""]))
+    index = dialect[..., None] * 8 + (encoded.codes & 7).astype(jnp.int32)
+    magnitude = table.astype(jnp.float32).reshape(-1)[index] * step[..., None]
+    return jnp.where(encoded.codes & 8, -magnitude, magnitude)
+
+
+def decode_fp8(encoded: Encoded, fmt: Format) -> tuple[jax.Array, jax.Array]:
+    """e4m3 `[..., G, block]` and the row exponent `[..., 1]`: `value * 2^row`, no rounding anywhere."""
+    table = jnp.asarray(formatbook.fp8_table(formatbook.BOOKS[fmt.book or ""]))
+    index = encoded.scales[..., None].astype(jnp.int32) * 8 + (
+        encoded.codes & 7
+    ).astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint8).reshape(-1)[index]
+    bits = bits | ((encoded.codes & 8) << 4)
+    bits = jnp.where((encoded.outer == BAD_ROW)[..., None], jnp.uint8(0x7F), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), encoded.outer
+
+
+def problems(encoded: Encoded, fmt: Format) -> list[str]:
+    """What is impossible in concrete arrays, in words; empty where all is well."""
+    found = []
+    _, dialect = packing.unpack_metadata(encoded.scales)
+    used = formatbook.BOOKS[fmt.book or ""].ids
+    if unknown := set(jnp.unique(dialect).tolist()) - set(used):
+        found.append(f"dialect ids {sorted(unknown)} are not in book {fmt.book!r}")
+    row = encoded.outer.astype(jnp.int32)
+    if bool(jnp.any((row != BAD_ROW) & (row < LOWEST_EXPONENT))):
+        found.append(f"a row exponent lies below {LOWEST_EXPONENT}")
+    below, _ = packing.unpack_metadata(encoded.scales)
+    if bool(jnp.any((row != BAD_ROW) & (row - below < LOWEST_EXPONENT))):
+        found.append(f"a block exponent lies below {LOWEST_EXPONENT}")
+    return found

@@ -1,0 +1,71 @@
+"""NVFP4: E2M1 elements, blocks of 16, one E4M3 scale a block, and (two levels) a float32 a matrix.
+
+A matrix is the last two axes with the quantised one last; leading axes (layers, experts, batch) each have
+their own second-level scale, so that a stacked leaf scans and a batch does not change its members.
+
+  matrix scale  amax of the matrix / (448 * 6), float32; 1 in the one-level form
+  block scale   E4M3(amax of the block / 6 / matrix scale), saturating at 448
+Block scales are stored as E4M3 bits; NaN (0x7F) marks every block of a bad row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sdq.codecs import e2m1
+from sdq.codecs.encoded import Encoded
+from sdq.formats import Format
+from sdq.numerics import largest_magnitude, row_is_bad
+
+E4M3_MAX = 448.0
+SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32
+
+
+def encode(
+    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
+) -> Encoded:
+    """float32 `[..., M, G, 16]` -> codes, E4M3 bits uint8 `[..., M, G]`, float32 `[..., 1, 1]` or None."""
+    amax = largest_magnitude(x)  # [..., M, G]
+    bad = row_is_bad(amax)
+    amax = jnp.where(bad, 0.0, amax)
+    matrix = _matrix_scale(amax) if fmt.outer else None
+    unit = 1.0 if matrix is None else matrix
+    scale = jnp.minimum(amax / e2m1.LARGEST / unit, E4M3_MAX)
+    scale = scale.astype(jnp.float8_e4m3fn)
+    step = (scale.astype(jnp.float32) * unit)[..., None]
+    divisible = (step > 0) & ~bad[..., None]
+    y = jnp.where(divisible, x / jnp.where(divisible, step, 1.0), jnp.copysign(0.0, x))
+    bits = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    return Encoded(
+        codes=e2m1.encode(y),
+        scales=jnp.where(bad, jnp.uint8(0x7F), bits),
+        outer=matrix,
+    )
+
+
+def decode(encoded: Encoded, fmt: Format) -> jax.Array:
+    """float32 `[..., G, 16]`."""
+    scale = jax.lax.bitcast_convert_type(encoded.scales, jnp.float8_e4m3fn)
+    step = scale.astype(jnp.float32)
+    if encoded.outer is not None:
+        step = step * encoded.outer
+    return e2m1.decode(encoded.codes) * step[..., None]
+
+
+def _matrix_scale(amax: jax.Array) -> jax.Array:
+    """float32 of amax's rank with the last two axes reduced to 1."""
+    axes = tuple(range(max(amax.ndim - 2, 0), amax.ndim))
+    largest = jnp.max(amax, axis=axes, keepdims=True, initial=0.0)
+    scale = jnp.maximum(largest / (E4M3_MAX * e2m1.LARGEST), SMALLEST_MATRIX_SCALE)
+    return jnp.where(largest == 0, 1.0, scale)
+
+
+def problems(encoded: Encoded, fmt: Format) -> list[str]:
+    """Impossible contents of concrete arrays, in words."""
+    found = []
+    if bool(jnp.any(encoded.scales > 0x7F)):
+        found.append("a block scale is negative")
+    if encoded.outer is not None and not bool(
+        jnp.all((encoded.outer > 0) & jnp.isfinite(encoded.outer))
+    ):
+        found.append("a matrix scale is not a positive number")
+    return found

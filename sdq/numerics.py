@@ -1,0 +1,49 @@
+"""Exact arithmetic on powers of two, by bits: no logarithm, no rounding, the same on every backend.
+
+float32 subnormals count as zero throughout, because some backends flush them and some do not.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NON_FINITE = 128  # exponent_of(inf or NaN)
+ZERO_EXPONENT = -127  # exponent_of(0)
+
+
+def exponent_of(x: jax.Array) -> jax.Array:
+    """floor(log2 |x|) as int32; ZERO_EXPONENT for zero and subnormals, NON_FINITE for Inf and NaN."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return ((bits >> 23) & 255) - 127
+
+
+def largest_magnitude(x: jax.Array) -> jax.Array:
+    """max |x| over the last axis, float32; NaN where there is one, else Inf where there is one.
+
+    Compares bits, whose order is that of the magnitudes with NaN on top: not every backend's maximum of floats
+    lets a NaN through.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    largest = jnp.max(bits & 0x7FFFFFFF, axis=-1)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def power_of_two(n: jax.Array) -> jax.Array:
+    """2^n as float32, for int32 n in [-126, 127]."""
+    return jax.lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
+
+
+def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
+    """x * 2^n for int32 n in [-252, 254], exact wherever the result is a normal number.
+
+    Two factors, because 2^n alone may leave float32 where x * 2^n does not.
+    """
+    half = n >> 1
+    return x * power_of_two(half) * power_of_two(n - half)
+
+
+def row_is_bad(amax: jax.Array) -> jax.Array:
+    """True for rows `[..., 1]` whose block maxima `[..., G]` hold a NaN or an Inf.
+
+    The one policy for bad input, in every format: the whole row dequantises to NaN, never to a finite number.
+    """
+    return jnp.any(~jnp.isfinite(amax), axis=-1, keepdims=True)
