@@ -14,9 +14,11 @@ def sqnr_db(x: jax.Array, y: jax.Array) -> jax.Array:
         raise ValueError(f"sqnr_db: shapes differ, {x.shape} and {y.shape}")
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     # Scaled by the largest magnitude, so that squares stay inside float32.
-    largest = jnp.max(jnp.abs(x), initial=0.0)
+    largest = jnp.max(jnp.maximum(jnp.abs(x), jnp.abs(y)), initial=0.0)
     unit = jnp.where(largest > 0, largest, 1.0)
     signal = jnp.sum(jnp.square(x / unit))
     noise = jnp.sum(jnp.square(x / unit - y / unit))
     decibels = 10.0 * (jnp.log10(signal) - jnp.log10(noise))
-    return jnp.where((noise == 0) & jnp.isfinite(signal), jnp.inf, decibels)
+    decibels = jnp.where(noise == 0, jnp.inf, decibels)
+    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(y))
+    return jnp.where(finite, decibels, jnp.nan)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
     """uint8 codes below 16, `[..., K]` with K even -> uint8 `[..., K / 2]`."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def unpack_nibbles(packed: jax.Array) -> jax.Array:
     """The inverse of pack_nibbles: uint8 `[..., K / 2]` -> uint8 codes `[..., K]`."""
     pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)
+    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def pack_metadata(exponent_below_row: jax.Array, dialect: jax.Array) -> jax.Array:

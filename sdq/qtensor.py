@@ -93,7 +93,7 @@ class QTensor:
 
 def pack(encoded: Encoded, *, like: Format, length: int, axis: int, dtype) -> QTensor:
     """Blocked codes `[..., G, b]` to the stored form."""
-    codes = encoded.codes.reshape(*encoded.codes.shape[:-2], -1)
+    codes = joined(encoded.codes)
     if like.element_bits == 4:
         odd = codes.shape[-1] % 2
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
@@ -119,6 +119,12 @@ def unpack(q: QTensor) -> Encoded:
         scales=q.scales,
         outer=q.outer,
     )
+
+
+def joined(blocks: jax.Array) -> jax.Array:
+    """`[..., G, block]` -> `[..., G * block]`."""
+    groups, block = blocks.shape[-2:]
+    return blocks.reshape(*blocks.shape[:-2], groups * block)
 
 
 def blocks_of(length: int, fmt: Format) -> tuple[int, int]:
@@ -155,7 +161,7 @@ def validate(q: QTensor) -> None:
     if problems := codec(q.format).problems(encoded, q.format):
         raise ValueError(f"{q!r}: {'; '.join(problems)}")
     values = codec(q.format).decode(encoded, q.format)
-    padding = values.reshape(*values.shape[:-2], -1)[..., q.length :]
+    padding = joined(values)[..., q.length :]
     if bool(jnp.any((padding != 0) & ~jnp.isnan(padding))):
         raise ValueError(
             f"{q!r}: padding beyond element {q.length} does not encode zero"

@@ -117,7 +117,8 @@ def _quantize(x, importance, *, fmt: Format, axis: int, rule: str) -> QTensor:
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def _dequantize(q: QTensor, dtype: np.dtype) -> jax.Array:
-    values = _joined(codec(q.format).decode(qtensor.unpack(q), q.format), q.length)
+    values = qtensor.joined(codec(q.format).decode(qtensor.unpack(q), q.format))
+    values = values[..., : q.length]
     if dtype != np.float32:
         limit = float(jnp.finfo(dtype).max)
         values = jnp.clip(values, -limit, limit)
@@ -127,7 +128,7 @@ def _dequantize(q: QTensor, dtype: np.dtype) -> jax.Array:
 @jax.jit
 def _to_fp8(q: QTensor) -> tuple[jax.Array, jax.Array]:
     values, exponents = dialect.decode_fp8(qtensor.unpack(q), q.format)
-    return _joined(values, q.length), exponents
+    return qtensor.joined(values)[..., : q.length], exponents
 
 
 def _blocked(x: jax.Array, axis: int, fmt: Format) -> jax.Array:
@@ -141,12 +142,6 @@ def _blocked(x: jax.Array, axis: int, fmt: Format) -> jax.Array:
     if missing := groups * block - x.shape[-1]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     return x.reshape(*x.shape[:-1], groups, block)
-
-
-def _joined(blocks: jax.Array, length: int) -> jax.Array:
-    """`[*lead, G, block]` -> `[*lead, K]`, padding dropped."""
-    groups, block = blocks.shape[-2:]
-    return blocks.reshape(*blocks.shape[:-2], groups * block)[..., :length]
 
 
 def _checked_array(x) -> jax.Array:

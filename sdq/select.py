@@ -164,8 +164,10 @@ def _read(table: jax.Array, index: jax.Array) -> jax.Array:
 
 def _sum_of_groups(words: jax.Array) -> jax.Array:
     """Packed words `[..., G, block]` summed 16 at a time, `[..., G, block / 16]`: no field overflows."""
-    group = min(PACKED_ELEMENTS, words.shape[-1])
-    return jnp.sum(words.reshape(*words.shape[:-1], -1, group), axis=-1)
+    block = words.shape[-1]
+    group = min(PACKED_ELEMENTS, block)
+    grouped = words.reshape(*words.shape[:-1], block // group, group)
+    return jnp.sum(grouped, axis=-1)
 
 
 def _packed_shape_errors(u: jax.Array, top: jax.Array, book: Book) -> jax.Array:

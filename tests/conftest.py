@@ -1,0 +1,32 @@
+"""Strict JAX for every test: no silent dtype or rank promotion, several CPU devices, repeatable hypothesis."""
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("sdq", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("sdq")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    reason = pytest.mark.skip(reason="takes minutes; `make slow` runs it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(reason)
+
+
+@pytest.fixture
+def rng():
+    return np.random.RandomState(0)

@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdq import numerics
+
+
+def test_exponent_of_every_power_and_its_neighbours():
+    n = np.arange(-126, 128)
+    power = np.ldexp(np.float32(1), n).astype(np.float32)
+    np.testing.assert_array_equal(numerics.exponent_of(jnp.asarray(power)), n)
+    below = np.nextafter(power[1:], np.float32(0))
+    np.testing.assert_array_equal(numerics.exponent_of(jnp.asarray(below)), n[1:] - 1)
+    np.testing.assert_array_equal(numerics.exponent_of(jnp.asarray(-power)), n)
+
+
+def test_exponent_of_the_special_values():
+    x = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan])
+    z, bad = numerics.ZERO_EXPONENT, numerics.NON_FINITE
+    assert numerics.exponent_of(x).tolist() == [z, z, bad, bad, bad]
+
+
+def test_power_of_two_is_exact_over_its_range():
+    n = np.arange(-126, 128, dtype=np.int32)
+    np.testing.assert_array_equal(numerics.power_of_two(jnp.asarray(n)), np.ldexp(np.float32(1), n))
+
+
+@pytest.mark.parametrize(("x", "n"), [(1.5, 127), (1.5e38, -250), (1.5e-38, 250), (3.0, -126), (-5.0, 0)])
+def test_times_power_of_two_where_one_factor_would_not_do(x, n):
+    got = numerics.times_power_of_two(jnp.array([x], jnp.float32), jnp.array([n], jnp.int32))
+    assert float(got[0]) == float(np.ldexp(np.float64(np.float32(x)), n))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_largest_magnitude_lets_nothing_bad_slip(bad, place, rng):
+    x = rng.standard_normal((3, 16)).astype(np.float32)
+    x[1, place] = bad
+    got = np.asarray(numerics.largest_magnitude(jnp.asarray(x)))
+    assert not np.isfinite(got[1])
+    np.testing.assert_array_equal(got[[0, 2]], np.abs(x[[0, 2]]).max(axis=1))
+    assert numerics.row_is_bad(jnp.asarray(got)).tolist() == [True]

@@ -1,0 +1,69 @@
+"""What the documents promise: every Python block of the README runs, every command answers --help."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sdq import cli, format_table
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_has_examples():
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_block_runs(block, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def subcommands():
+    actions = cli.parser()._subparsers._group_actions
+    return [name for action in actions for name in action.choices]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in subcommands())], ids=" ".join)
+def test_command_answers_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: sdq" in capsys.readouterr().out
+
+
+def test_console_command_is_installed():
+    done = subprocess.run(
+        [pathlib.Path(sys.executable).parent / "sdq", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("sdq ")
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "scripts").glob("[!_]*.py")))
+def test_script_answers_help(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_readme_table_is_what_the_command_prints():
+    marked = re.search(r"<!-- sdq formats --markdown -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    printed = format_table.to_markdown(format_table.measure())
+    pattern = r"(?<=\| )\d+\.\d\d(?= \|)"
+    assert re.sub(pattern, "N", marked[1]) == re.sub(pattern, "N", printed)
+    # The last digit may round differently on another machine's libm.
+    pairs = zip(re.findall(pattern, marked[1]), re.findall(pattern, printed), strict=True)
+    assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs)
+
+
+def test_layout_in_readme_is_complete():
+    named = set(re.findall(r"^  ([a-z0-9_]+)\.py ", README, re.MULTILINE))
+    assert named == {p.stem for p in (ROOT / "sdq").glob("[!_]*.py")}
