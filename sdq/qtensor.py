@@ -91,10 +91,10 @@ class QTensor:
         )
 
 
-def pack(encoded: Encoded, *, like: Format, length: int, axis: int, dtype) -> QTensor:
+def pack(encoded: Encoded, *, fmt: Format, length: int, axis: int, dtype) -> QTensor:
     """Blocked codes `[..., G, b]` to the stored form."""
     codes = joined(encoded.codes)
-    if like.element_bits == 4:
+    if fmt.element_bits == 4:
         odd = codes.shape[-1] % 2
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
         codes = packing.pack_nibbles(codes)
@@ -102,7 +102,7 @@ def pack(encoded: Encoded, *, like: Format, length: int, axis: int, dtype) -> QT
         codes=codes,
         scales=encoded.scales,
         outer=encoded.outer,
-        format=like,
+        format=fmt,
         length=length,
         axis=axis,
         dtype=np.dtype(dtype),

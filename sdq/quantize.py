@@ -111,7 +111,7 @@ def _quantize(x, importance, *, fmt: Format, axis: int, rule: str) -> QTensor:
         importance = _blocked(importance, axis, fmt)
     encoded = codec(fmt).encode(blocked, fmt, rule, importance)
     return qtensor.pack(
-        encoded, like=fmt, length=x.shape[axis], axis=axis, dtype=x.dtype
+        encoded, fmt=fmt, length=x.shape[axis], axis=axis, dtype=x.dtype
     )
 
 
@@ -119,9 +119,8 @@ def _quantize(x, importance, *, fmt: Format, axis: int, rule: str) -> QTensor:
 def _dequantize(q: QTensor, dtype: np.dtype) -> jax.Array:
     values = qtensor.joined(codec(q.format).decode(qtensor.unpack(q), q.format))
     values = values[..., : q.length]
-    if dtype != np.float32:
-        limit = float(jnp.finfo(dtype).max)
-        values = jnp.clip(values, -limit, limit)
+    limit = float(jnp.finfo(dtype).max)
+    values = jnp.clip(values, -limit, limit)
     return jnp.moveaxis(values.astype(dtype), -1, q.axis)
 
 

@@ -10,7 +10,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("sdq", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("sdq", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("sdq")
 
 
