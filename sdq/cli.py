@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -92,14 +93,15 @@ def _inspect(args: argparse.Namespace) -> int:
         }
         print(json.dumps(document, indent=1))
     else:
-        rich.console.Console().print(_leaf_table(args.path, manifest))
+        console = rich.console.Console()
+        total = _size(sum(leaf.nbytes for leaf in manifest.leaves))
+        console.print(f"{args.path}: {len(manifest.leaves)} leaves, {total}", soft_wrap=True)
+        console.print(_leaf_table(manifest))
     return 0
 
 
-def _leaf_table(path: str, manifest: Manifest) -> rich.table.Table:
-    total = sum(leaf.nbytes for leaf in manifest.leaves)
+def _leaf_table(manifest: Manifest) -> rich.table.Table:
     table = rich.table.Table(
-        title=f"{path}: {len(manifest.leaves)} leaves, {_size(total)}",
         caption="written by "
         + ", ".join(f"{name} {v}" for name, v in manifest.written_by.items()),
         box=rich.box.SIMPLE_HEAD,
@@ -123,9 +125,7 @@ def _leaf_table(path: str, manifest: Manifest) -> rich.table.Table:
 
 
 def _bits(leaf: checkpoint.LeafEntry) -> float | None:
-    elements = 1
-    for size in leaf.shape:
-        elements *= size
+    elements = math.prod(leaf.shape)
     return 8 * leaf.nbytes / elements if elements else None
 
 
