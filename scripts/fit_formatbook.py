@@ -1,14 +1,16 @@
 """Fit the book `sdq32`: 8 tops x 4 shapes, chosen out of all dialects that are possible.
 
-    python -m scripts.fit_formatbook            # prints the table, says whether it equals the frozen one
+    python -m scripts.fit_formatbook            # prints the table, says whether it equals the
+    frozen one
 
 One book serves blocks of 16 and 32. What is minimised, summed over blocks of every kind of data in
-`sdq.distributions`: the error of the exhaustive choice over the whole book, plus twice the error of the
-two-stage choice (top from the block maximum), because activations use that one. Each kind of data counts by
-its error relative to E2M1's, so that a decibel weighs the same everywhere.
+`sdq.distributions`: the error of the exhaustive choice over the whole book, plus twice the error of
+the two-stage choice (top from the block maximum), because activations use that one. Each kind of
+data counts by its error relative to E2M1's, so that a decibel weighs the same everywhere.
 
-Greedy, then swaps of one dialect at a time until nothing improves. Every sum is a sum of integers below 2^53,
-so the result does not depend on the machine, on the BLAS or on numpy's order of summation.
+Greedy, then swaps of one dialect at a time until nothing improves. Every sum is a sum of integers
+below 2^53, so the result does not depend on the machine, on the BLAS or on numpy's order of
+summation.
 """
 
 import argparse
@@ -33,16 +35,12 @@ TOPS = range(FIRST_TOP, 16)
 def candidates() -> np.ndarray:
     """int `[6434, 8]`: every dialect, 0 first, then 6 ascending magnitudes, then a top of 8..15."""
     return np.array(
-        [
-            (0, *middle, top)
-            for top in TOPS
-            for middle in itertools.combinations(range(1, top), 6)
-        ]
+        [(0, *middle, top) for top in TOPS for middle in itertools.combinations(range(1, top), 6)]
     )
 
 
 def histograms(x: np.ndarray, block: int, rng: np.random.RandomState):
-    """Of a random sample of blocks: counts float32 `[blocks, 256]`, block exponents, nearest tops."""
+    """Of sampled blocks: counts float32 `[blocks, 256]`, exponents, nearest tops."""
     blocks = np.abs(x.astype(np.float64).reshape(-1, block))
     blocks = blocks[rng.permutation(len(blocks))[:BLOCKS_EACH]]
     exponent = np.frexp(blocks.max(axis=1))[1] - 4  # floor(log2 amax) - 3
@@ -55,7 +53,7 @@ def histograms(x: np.ndarray, block: int, rng: np.random.RandomState):
 
 
 def training_set(dialects: np.ndarray):
-    """Errors float32 `[candidates, blocks]`, integer weights `[blocks]`, nearest tops `[blocks]`."""
+    """Errors float32 `[candidates, blocks]`, integer weights and nearest tops `[blocks]`."""
     centre = 2 * np.arange(16 * STEPS) + 1  # in 1/(2 STEPS) of a half-unit
     distance = np.abs(centre[:, None, None] - 2 * STEPS * dialects[None])
     squared = np.square(distance.min(axis=-1)).astype(np.float32)  # [256, candidates]
@@ -80,11 +78,10 @@ def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int
     """Candidate numbers of the 4 shapes of each top."""
     own = {top: np.flatnonzero(dialects[:, -1] == top) for top in TOPS}
     of_top = {top: np.flatnonzero(tops == top) for top in TOPS}
-    stage_two = {
-        top: np.ascontiguousarray(errors[own[top]][:, of_top[top]]) for top in TOPS
-    }
+    stage_two = {top: np.ascontiguousarray(errors[own[top]][:, of_top[top]]) for top in TOPS}
     book: dict[int, list[int]] = {top: [] for top in TOPS}
     none = np.float32(2**23)
+    assert weights.sum() * none * (1 + TWO_STAGE_SAY) < 2**53, "a sum would round"
 
     def best_of(chosen: list[int], columns=slice(None)) -> np.ndarray:
         held = np.full(len(weights), none)[columns]
@@ -93,12 +90,10 @@ def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int
         return held
 
     def costs(top: int, others: list[int], rest: list[int]) -> np.ndarray:
-        """Cost of adding each candidate of `top` to `others` of that top and `rest` of the whole book."""
+        """Cost of each candidate of `top` beside `others` of that top and `rest` of the book."""
         whole, stage = best_of(rest), best_of(others, of_top[top])
         exhaustive = [np.minimum(whole, errors[c]) @ weights for c in own[top]]
-        two_stage = [
-            np.minimum(stage, e) @ weights[of_top[top]] for e in stage_two[top]
-        ]
+        two_stage = [np.minimum(stage, e) @ weights[of_top[top]] for e in stage_two[top]]
         return np.array(exhaustive) + TWO_STAGE_SAY * np.array(two_stage)
 
     def whole_book(without: int | None = None) -> list[int]:
@@ -109,33 +104,32 @@ def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int
             best = costs(top, book[top], whole_book()).argmin()
             book[top].append(int(own[top][best]))
 
-    for sweep in itertools.count(1):
+    swaps = None
+    while swaps != 0:
         swaps = 0
         for top, place in itertools.product(TOPS, range(SHAPES_PER_TOP)):
             held = book[top][place]
             others = [c for c in book[top] if c != held]
             cost = costs(top, others, whole_book(without=held))
-            best = int(own[top][cost.argmin()])
             if cost.min() < cost[own[top].tolist().index(held)]:
-                book[top][place] = best
+                book[top][place] = int(own[top][cost.argmin()])
                 swaps += 1
-        log(f"sweep {sweep}: {swaps} swaps")
-        if not swaps:
-            return [book[top] for top in TOPS]
+        log(f"a sweep over the book: {swaps} swaps")
+    return [book[top] for top in TOPS]
 
 
 def fitted_dialects(log=print) -> tuple[tuple[int, ...], ...]:
     """The book: 32 dialects, by top, then in ascending order."""
     dialects = candidates()
-    chosen = fit(dialects, *training_set(dialects), log=log)
+    errors, weights, tops = training_set(dialects)
+    chosen = fit(dialects, errors, weights, tops, log=log)
     return tuple(
-        tuple(dialect)
-        for shapes in chosen
-        for dialect in sorted(dialects[shapes].tolist())
+        tuple(dialect) for shapes in chosen for dialect in sorted(dialects[shapes].tolist())
     )
 
 
 def main() -> None:
+    """Fit, print, and compare with the frozen table (exit status 1 where they differ)."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

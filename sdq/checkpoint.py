@@ -1,10 +1,13 @@
-"""save and load: a quantised parameter tree on disk, through Orbax, with a manifest that proves it whole.
+"""save and load: a quantised parameter tree on disk, through Orbax, with a manifest that proves it
+whole.
 
     PATH/manifest.json     what every leaf is, and size and SHA-256 of every file
-    PATH/data-<n>/         the arrays, one Orbax (zarr3) folder each, so that a damaged file names its leaf
+    PATH/data-<n>/         the arrays, one Orbax (zarr3) folder each, so that a damaged file names
+                           its leaf
 
-Atomic: a save writes a new data folder first and then replaces the manifest in one rename, so a killed save
-leaves the old checkpoint or the new one. What a killed save left behind goes with the next save.
+Atomic: a save writes a new data folder first and then replaces the manifest in one rename, so a
+killed save leaves the old checkpoint or the new one. What a killed save left behind goes with the
+next save.
 """
 
 import contextlib
@@ -39,7 +42,8 @@ class CheckpointError(ValueError):
 class LeafEntry:
     """One leaf of a checkpoint, as its manifest describes it.
 
-    `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array folders.
+    `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array
+    folders.
     """
 
     path: str
@@ -107,11 +111,13 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
 
     Args:
       path: the checkpoint's folder.
-      like: a tree of the wanted structure, whose leaves (arrays, ShapeDtypeStructs, or QTensors of either) may
-        carry shardings; see `abstract`. Default: nested dicts by path, on the default device.
+      like: a tree of the wanted structure, whose leaves (arrays, ShapeDtypeStructs, or QTensors of
+        either) may carry shardings; see `abstract`. Default: nested dicts by path, on the default
+        device.
       verify: check size and SHA-256 of every file first.
     Raises:
-      CheckpointError: damaged, incomplete, of a newer version, or of a format this sdq does not know.
+      CheckpointError: damaged, incomplete, of a newer version, or of a format this sdq does not
+        know.
       ValueError: `like` is not the checkpoint's tree; every difference is listed.
     """
     root = pathlib.Path(path).absolute()
@@ -122,10 +128,7 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
     wanted = stored if like is None else rules.flatten(like)
     _check_like(wanted, stored)
     arrays = _read_arrays(root, manifest, wanted)
-    leaves = {
-        entry.path: _assemble(stored[entry.path], entry, arrays)
-        for entry in manifest.leaves
-    }
+    leaves = {entry.path: _assemble(stored[entry.path], entry, arrays) for entry in manifest.leaves}
     if like is None:
         return _nested(leaves)
     return jax.tree_util.tree_map_with_path(
@@ -134,7 +137,7 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
 
 
 def abstract(path: str | os.PathLike) -> Any:
-    """The tree of a checkpoint without its numbers: ShapeDtypeStructs, and QTensors of them, in nested dicts."""
+    """A checkpoint's tree without its numbers: (QTensors of) ShapeDtypeStructs in nested dicts."""
     root = pathlib.Path(path).absolute()
     entries = read_manifest(root).leaves
     return _nested({entry.path: _abstract_leaf(root, entry) for entry in entries})
@@ -163,8 +166,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     return Manifest(
         data=body["data"],
         leaves=tuple(
-            LeafEntry(**{**leaf, "shape": tuple(leaf["shape"])})
-            for leaf in body["leaves"]
+            LeafEntry(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in body["leaves"]
         ),
         files={name: tuple(facts) for name, facts in body["files"].items()},
         written_by=body["written_by"],
@@ -180,9 +182,7 @@ def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
     entries, arrays = [], {}
     for path, leaf in leaves.items():
         if not rules.is_qtensor(leaf) and not isinstance(leaf, jax.Array | np.ndarray):
-            raise ValueError(
-                f"save: leaf {path!r} is no array but {type(leaf).__name__}"
-            )
+            raise ValueError(f"save: leaf {path!r} is no array but {type(leaf).__name__}")
         quantised = rules.is_qtensor(leaf)
         parts = leaf.parts if quantised else {"array": leaf}
         names = {}
@@ -219,16 +219,16 @@ def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
             f"{root / MANIFEST}: leaf {entry.path!r}: {error}; "
             "install the sdq that knows this format"
         ) from None
-    lead = list(entry.shape)
-    length = lead.pop(entry.axis)
-    parts = qtensor.expected_parts(fmt, tuple(lead), length)
+    lead, axis = list(entry.shape), int(entry.axis or 0)
+    length = lead.pop(axis)
+    parts: dict[str, Any] = qtensor.expected_parts(fmt, tuple(lead), length)
     return QTensor(
         codes=parts["codes"],
         scales=parts["scales"],
         outer=parts.get("outer"),
         format=fmt,
         length=length,
-        axis=entry.axis,
+        axis=axis,
         dtype=dtype,
     )
 
@@ -289,9 +289,7 @@ def _read_arrays(
             )
             for name, target in stored.items()
         }
-        structs = {
-            name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in stored.items()
-        }
+        structs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in stored.items()}
         try:
             arrays |= checkpointer.restore(
                 root / manifest.data,
@@ -312,7 +310,7 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
 
     Imported here because Orbax takes a second to import, which `import sdq` need not pay.
     """
-    import orbax.checkpoint as ocp
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     absl, checkpointer = logging.getLogger("absl"), ocp.Checkpointer(handler)
@@ -327,9 +325,7 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
 
 def _verify(root: pathlib.Path, manifest: Manifest) -> None:
     """Every file present, of its size and with its SHA-256."""
-    leaf_of = {
-        name: entry.path for entry in manifest.leaves for name in entry.arrays.values()
-    }
+    leaf_of = {name: entry.path for entry in manifest.leaves for name in entry.arrays.values()}
     for name, (nbytes, digest) in manifest.files.items():
         file = root / manifest.data / name
         leaf = leaf_of.get(name.split("/")[0])
@@ -337,9 +333,7 @@ def _verify(root: pathlib.Path, manifest: Manifest) -> None:
         if not file.is_file():
             raise CheckpointError(f"{where}: missing; {_REMEDY}")
         if (size := file.stat().st_size) != nbytes:
-            raise CheckpointError(
-                f"{where}: {size} bytes instead of {nbytes}; {_REMEDY}"
-            )
+            raise CheckpointError(f"{where}: {size} bytes instead of {nbytes}; {_REMEDY}")
         if _fingerprint(file)[1] != digest:
             raise CheckpointError(f"{where}: contents changed (SHA-256); {_REMEDY}")
 
@@ -372,9 +366,7 @@ def _fingerprint(file: pathlib.Path) -> tuple[int, str]:
 
 def _files(folder: pathlib.Path) -> list[str]:
     return sorted(
-        file.relative_to(folder).as_posix()
-        for file in folder.rglob("*")
-        if file.is_file()
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
     )
 
 

@@ -18,7 +18,7 @@ from sdq.checkpoint import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status. Errors of the user's input go to stderr, in one line."""
+    """Run one subcommand; returns the exit status. A user's mistake is one line on stderr."""
     args = parser().parse_args(argv)
     try:
         return args.run(args)
@@ -102,8 +102,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _leaf_table(manifest: Manifest) -> rich.table.Table:
     table = rich.table.Table(
-        caption="written by "
-        + ", ".join(f"{name} {v}" for name, v in manifest.written_by.items()),
+        caption="written by " + ", ".join(f"{name} {v}" for name, v in manifest.written_by.items()),
         box=rich.box.SIMPLE_HEAD,
     )
     table.add_column("leaf", style="bold", overflow="fold")

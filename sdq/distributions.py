@@ -1,8 +1,8 @@
 """The seeded synthetic data on which formats are fitted, compared and tested.
 
-Five kinds of rows that a video DiT holds: weights (Gaussian), activations with heavier tails (Laplace,
-Student-t), outputs of a GELU, and channels of very unequal size. numpy's RandomState, whose streams are frozen
-for good, so that numbers can be reproduced anywhere.
+Five kinds of rows that a video DiT holds: weights (Gaussian), activations with heavier tails
+(Laplace, Student-t), outputs of a GELU, and channels of very unequal size. numpy's RandomState,
+whose streams are frozen for good, so that numbers can be reproduced anywhere.
 """
 
 import zlib
@@ -51,6 +51,6 @@ DISTRIBUTIONS: dict[str, Sampler] = {
 
 
 def sample(name: str, seed: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
-    """float32 `shape` of one of DISTRIBUTIONS; the same numbers for the same name, seed and shape."""
+    """float32 `shape` of one of DISTRIBUTIONS; equal arguments give equal numbers."""
     rng = np.random.RandomState([seed, zlib.crc32(name.encode())])
     return DISTRIBUTIONS[name](rng, shape).astype(np.float32)

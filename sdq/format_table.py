@@ -1,4 +1,4 @@
-"""How good every format is on the seeded distributions: measured, as a table, as JSON, as a picture."""
+"""How good every format is on the seeded distributions: as a table, as JSON, as a picture."""
 
 import dataclasses
 import json
@@ -45,16 +45,11 @@ class Row:
 
 
 def measure(names: Iterable[str] = FORMATS, seed: int = 0) -> list[Row]:
-    """SQNR in dB of each format on each distribution (256 x 2048, float32), for each way to choose."""
+    """SQNR of each format, for each way to choose, on each distribution (float32 256 x 2048)."""
     data = {
-        name: jnp.asarray(distributions.sample(name, seed))
-        for name in distributions.DISTRIBUTIONS
+        name: jnp.asarray(distributions.sample(name, seed)) for name in distributions.DISTRIBUTIONS
     }
-    return [
-        _measure(fmt, rule, data)
-        for fmt in map(parse, names)
-        for rule in select_rules(fmt)
-    ]
+    return [_measure(fmt, rule, data) for fmt in map(parse, names) for rule in select_rules(fmt)]
 
 
 def select_rules(fmt: Format) -> list[str | None]:
@@ -166,11 +161,7 @@ def plot(rows: list[Row], file: str | pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [
-        r
-        for r in rows
-        if r.select in (None, DEFAULT_RULE) and r.bits_per_element <= 4.5
-    ]
+    shown = [r for r in rows if r.select in (None, DEFAULT_RULE) and r.bits_per_element <= 4.5]
     figure, (scores, book) = plt.subplots(
         1, 2, figsize=(15, 7.5), width_ratios=(3, 2), layout="constrained"
     )

@@ -27,7 +27,8 @@ COARSE_LIMIT = 31  # |coarse shape error|, so that 16 of them sum into 10 signed
 class Book:
     """A named set of dialects.
 
-    Invariants: every dialect ascends from 0 through 8 magnitudes to its top, all tops have equally many
+    Invariants: every dialect ascends from 0 through 8 magnitudes to its top, all tops have equally
+      many
     shapes, and shapes of a top are numbered from 0.
     """
 
@@ -138,8 +139,8 @@ def bin_centres(bins: int = BINS) -> np.ndarray:
 def index_table(book: Book) -> np.ndarray:
     """uint8 `[32 ids, 64 bins]`: which of the 8 magnitudes is nearest.
 
-    Bins are a quarter wide and magnitudes whole, so no decision boundary lies inside a bin: the index of
-    an element's bin is exactly its nearest magnitude (a tie goes to the larger one).
+    Bins are a quarter wide and magnitudes whole, so no decision boundary lies inside a bin: the
+    index of an element's bin is exactly its nearest magnitude (a tie goes to the larger one).
     """
     distance = np.abs(bin_centres()[None, :, None] - magnitudes(book)[:, None, :])
     return _frozen(distance.argmin(axis=-1).astype(np.uint8))
@@ -147,10 +148,11 @@ def index_table(book: Book) -> np.ndarray:
 
 @functools.cache
 def error_table(book: Book, bins: int = BINS) -> np.ndarray:
-    """int32 `[32 ids, bins]`: squared error at the bin's centre, in 1/64 of a squared half-unit, rounded.
+    """int32 `[32 ids, bins]`: squared error at the bin's centre, in 1/64 of a squared half-unit,
+    rounded.
 
-    A table of integers: sums are exact, so a choice never depends on the order of a sum or on the backend.
-    Entries stay below 4096, so that 16 of them sum inside 16 bits.
+    A table of integers: sums are exact, so a choice never depends on the order of a sum or on the
+    backend. Entries stay below 4096, so that 16 of them sum inside 16 bits.
     """
     distance = np.abs(bin_centres(bins)[None, :, None] - magnitudes(book)[:, None])
     errors = np.rint(64 * np.square(distance.min(axis=-1))).astype(np.int32)
@@ -161,10 +163,12 @@ def error_table(book: Book, bins: int = BINS) -> np.ndarray:
 
 @functools.cache
 def coarse_shape_errors(book: Book) -> np.ndarray:
-    """int32 `[8 tops, 64 bins, shapes]`: error beyond that of shape 0, in 1/4 of a squared half-unit.
+    """int32 `[8 tops, 64 bins, shapes]`: error beyond that of shape 0, in 1/4 of a squared
+    half-unit.
 
-    Clipped to +-31, so that 16 elements sum inside 10 bits and the three differences of four shapes share
-    one 32-bit word: a kernel reads and adds once an element. Tops that the book lacks hold zeros.
+    Clipped to +-31, so that 16 elements sum inside 10 bits and the three differences of four shapes
+    share one 32-bit word: a kernel reads and adds once an element. Tops that the book lacks hold
+    zeros.
     """
     errors = error_table(book).reshape(-1, SHAPES_PER_TOP, BINS)[:, : book.shapes]
     beyond_first = (errors - errors[:, :1]).transpose(0, 2, 1)
@@ -178,8 +182,8 @@ def coarse_shape_errors(book: Book) -> np.ndarray:
 def fp8_table(book: Book) -> np.ndarray:
     """e4m3 `[256 metadata bytes, 8]`: every magnitude times 2^-(exponent below the row's), exactly.
 
-    A block is `sign * fp8_table[metadata, index] * 2^row_exponent`. Magnitudes have 4 significant bits and
-    the window is 7 wide, so nothing rounds.
+    A block is `sign * fp8_table[metadata, index] * 2^row_exponent`. Magnitudes have 4 significant
+    bits and the window is 7 wide, so nothing rounds.
     """
     below = np.arange(EXPONENT_WINDOW + 1)[:, None, None]
     values = magnitudes(book)[None] * 2.0**-below

@@ -73,9 +73,7 @@ def parse(name: str | Format) -> Format:
     if isinstance(name, Format):
         return name
     if not isinstance(name, str):
-        raise ValueError(
-            f"format: expected a name like 'sdq32:16' or a Format, got {name!r}"
-        )
+        raise ValueError(f"format: expected a name like 'sdq32:16' or a Format, got {name!r}")
     return _parse(name)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def sqnr_db(x: jax.Array, y: jax.Array) -> jax.Array:
     """Signal to quantisation noise, 10 log10(sum x^2 / sum (x - y)^2), float32 scalar in dB.
 
-    x is the signal, y its approximation, shapes equal. +inf where y equals x, -inf for a zero signal with
-    noise, NaN where either holds a NaN or an Inf.
+    x is the signal, y its approximation, shapes equal. +inf where y equals x, -inf for a zero
+    signal with noise, NaN where either holds a NaN or an Inf.
     """
     if x.shape != y.shape:
         raise ValueError(f"sqnr_db: shapes differ, {x.shape} and {y.shape}")

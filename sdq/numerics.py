@@ -11,7 +11,7 @@ ZERO_EXPONENT = -127  # exponent_of(0)
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
-    """floor(log2 |x|) as int32; ZERO_EXPONENT for zero and subnormals, NON_FINITE for Inf and NaN."""
+    """floor(log2 |x|), int32; ZERO_EXPONENT for zero and subnormals, NON_FINITE for Inf, NaN."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return ((bits >> 23) & 255) - 127
 
@@ -19,8 +19,8 @@ def exponent_of(x: jax.Array) -> jax.Array:
 def largest_magnitude(x: jax.Array) -> jax.Array:
     """max |x| over the last axis, float32; NaN where there is one, else Inf where there is one.
 
-    Compares bits, whose order is that of the magnitudes with NaN on top: not every backend's maximum of floats
-    lets a NaN through.
+    Compares bits, whose order is that of the magnitudes with NaN on top: not every backend's
+    maximum of floats lets a NaN through.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     largest = jnp.max(bits & 0x7FFFFFFF, axis=-1)
@@ -44,6 +44,7 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
 def row_is_bad(amax: jax.Array) -> jax.Array:
     """True for rows `[..., 1]` whose block maxima `[..., G]` hold a NaN or an Inf.
 
-    The one policy for bad input, in every format: the whole row dequantises to NaN, never to a finite number.
+    The one policy for bad input, in every format: the whole row dequantises to NaN, never to a
+    finite number.
     """
     return jnp.any(~jnp.isfinite(amax), axis=-1, keepdims=True)

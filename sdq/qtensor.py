@@ -26,14 +26,16 @@ from sdq.formats import Format
 class QTensor:
     """An array quantised in blocks along one axis.
 
-    The quantised axis is stored last; the other axes keep their order. With `lead` the other axes, K the
-    logical length, b the block (K itself for row-wise formats) and G = ceil(K / b):
+    The quantised axis is stored last; the other axes keep their order. With `lead` the other axes,
+    K the logical length, b the block (K itself for row-wise formats) and G = ceil(K / b):
 
     Invariants (`validate` checks each):
       1. codes   uint8 `[*lead, ceil(G b / 2)]`, two 4-bit codes a byte, low nibble first;
                  int8 `[*lead, G b]` for int8
-      2. scales  `[*lead, G]`: uint8 bytes (dialect metadata, E8M0 or E4M3 bits) or bfloat16 (integers, nf4)
-      3. outer   row exponents int8 `[*lead, 1]` (dialects), matrix scales float32 `[*lead[:-1], 1, 1]`
+      2. scales  `[*lead, G]`: uint8 bytes (dialect metadata, E8M0 or E4M3 bits) or bfloat16
+         (integers, nf4)
+      3. outer   row exponents int8 `[*lead, 1]` (dialects), matrix scales float32 `[*lead[:-1], 1,
+         1]`
                  (nvfp4; `[1]` for a vector), or None: all arrays have the rank of the logical array
       4. padding elements K..G b encode zero
       5. axis is negative, so that vmap and scan over leading axes leave it valid
@@ -69,13 +71,11 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes stored: codes, scales and outer scales."""
-        return sum(
-            math.prod(part.shape) * part.dtype.itemsize for part in self.parts.values()
-        )
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts.values())
 
     @property
     def bits_per_element(self) -> float:
-        """Bits stored for a logical element, all scales and padding included; NaN for an empty array."""
+        """Bits stored for a logical element, scales and padding included; NaN if empty."""
         return 8 * self.nbytes / self.size if self.size else math.nan
 
     @property
@@ -128,7 +128,7 @@ def joined(blocks: jax.Array) -> jax.Array:
 
 
 def blocks_of(length: int, fmt: Format) -> tuple[int, int]:
-    """(G, block) of an axis: as many blocks as cover it; one block of the whole length for row-wise formats."""
+    """(G, block) of an axis: as many blocks as cover it, or one block if the format is row-wise."""
     block = fmt.block or max(length, 1)
     return -(-length // block), block
 
@@ -139,9 +139,7 @@ def validate(q: QTensor) -> None:
     Raises:
       ValueError: naming the first invariant that is broken, with what was expected and what came.
     """
-    expected = expected_parts(
-        q.format, q.codes.shape[:-1], q.length, has_outer=q.outer is not None
-    )
+    expected = expected_parts(q.format, q.codes.shape[:-1], q.length, has_outer=q.outer is not None)
     if not -q.ndim <= q.axis < 0:
         raise ValueError(f"axis: expected in [-{q.ndim}, -1], got {q.axis}")
     if q.format.outer is not None and q.outer is None:
@@ -163,26 +161,20 @@ def validate(q: QTensor) -> None:
     values = codec(q.format).decode(encoded, q.format)
     padding = joined(values)[..., q.length :]
     if bool(jnp.any((padding != 0) & ~jnp.isnan(padding))):
-        raise ValueError(
-            f"{q!r}: padding beyond element {q.length} does not encode zero"
-        )
+        raise ValueError(f"{q!r}: padding beyond element {q.length} does not encode zero")
 
 
 def expected_parts(
     fmt: Format, lead: tuple[int, ...], length: int, *, has_outer: bool = True
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every stored array of a QTensor with these other axes and logical length."""
+    """Shape and dtype of every array of a QTensor with these other axes and logical length."""
     groups, block = blocks_of(length, fmt)
     narrow = fmt.element_bits == 4
     width = -(-groups * block // 2) if narrow else groups * block
     byte_scales = fmt.scale_bits == 8
     parts = {
-        "codes": jax.ShapeDtypeStruct(
-            (*lead, width), jnp.uint8 if narrow else jnp.int8
-        ),
-        "scales": jax.ShapeDtypeStruct(
-            (*lead, groups), jnp.uint8 if byte_scales else jnp.bfloat16
-        ),
+        "codes": jax.ShapeDtypeStruct((*lead, width), jnp.uint8 if narrow else jnp.int8),
+        "scales": jax.ShapeDtypeStruct((*lead, groups), jnp.uint8 if byte_scales else jnp.bfloat16),
     }
     if fmt.outer == "row":
         parts["outer"] = jax.ShapeDtypeStruct((*lead, 1), jnp.int8)
@@ -199,8 +191,8 @@ def shardings(q: QTensor, sharding: jax.sharding.NamedSharding) -> Any:
       q: a QTensor, concrete or abstract.
       sharding: of the logical shape.
     Returns:
-      A QTensor of NamedShardings, for `jax.device_put`, `jax.jit` or `load`. Outer scales are replicated
-      along the axes they span.
+      A QTensor of NamedShardings, for `jax.device_put`, `jax.jit` or `load`. Outer scales are
+      replicated along the axes they span.
     Raises:
       ValueError: the quantised axis is sharded so that a device would hold part of a block.
     """
@@ -217,7 +209,7 @@ def shardings(q: QTensor, sharding: jax.sharding.NamedSharding) -> Any:
 
     def of(part: jax.Array) -> jax.sharding.NamedSharding:
         full = part.shape[:-1] == q.codes.shape[:-1] and part.shape[-1] != 1
-        kept = [s if full or n != 1 else None for s, n in zip(spec, part.shape)]
+        kept = [s if full or n != 1 else None for s, n in zip(spec, part.shape, strict=True)]
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
 
     return jax.tree.map(of, q)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from sdq import formats, qtensor, select as selection
+from sdq import formats, qtensor
+from sdq import select as selection
 from sdq.codecs import codec, dialect
 from sdq.formats import Format
 from sdq.qtensor import QTensor
@@ -30,13 +31,14 @@ def quantize(
     """Quantise an array in blocks along one axis.
 
     Args:
-      x: float array of rank >= 1 (float32, bfloat16 or float16). Axes other than `axis` are rows: each keeps
-        its own scales. A row with NaN or Inf dequantises to NaN throughout.
+      x: float array of rank >= 1 (float32, bfloat16 or float16). Axes other than `axis` are rows:
+        each keeps its own scales. A row with NaN or Inf dequantises to NaN throughout.
       fmt: a Format or its name; `sdq formats` lists them.
       axis: the contraction axis of the product that x is for. Padded to whole blocks inside.
-      select: how blocks choose their dialect: "exhaustive" (default), "lut", "two_stage", "blockdialect".
-        Only for formats with a choice.
-      importance: weights >= 0 of the elements' squared errors in that choice: `[K]`, or broadcastable to x.
+      select: how blocks choose their dialect: "exhaustive" (default), "lut", "two_stage",
+        "blockdialect". Only for formats with a choice.
+      importance: weights >= 0 of the elements' squared errors in that choice: `[K]`, or
+        broadcastable to x.
     Returns:
       A QTensor with `.shape == x.shape`.
     Raises:
@@ -56,7 +58,8 @@ def quantize(
 
 
 def dequantize(q: QTensor, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """The array that a QTensor stands for, `q.shape`, in `dtype` (default: the dtype that was quantised).
+    """The array that a QTensor stands for, `q.shape`, in `dtype` (default: the dtype that was
+    quantised).
 
     Computed in float32; values beyond the dtype's range saturate, NaN stays NaN.
     """
@@ -73,8 +76,8 @@ def fake_quantize(
 ) -> jax.Array:
     """dequantize(quantize(x)) whose derivative is the identity (straight-through).
 
-    Arguments as in `quantize`. Use this where a gradient must pass: a QTensor holds integers, so plain
-    `dequantize(quantize(x))` has derivative zero.
+    Arguments as in `quantize`. Use this where a gradient must pass: a QTensor holds integers, so
+    plain `dequantize(quantize(x))` has derivative zero.
     """
 
     @jax.custom_jvp
@@ -91,8 +94,8 @@ def to_fp8(q: QTensor) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       values: float8_e4m3fn, the quantised axis last: `[*lead, K]`.
-      exponents: int8 `[*lead, 1]`, with `dequantize(q) == values * 2.0**exponents` up to that axis order.
-        A row that held NaN or Inf has NaN values (its exponent, -128, means nothing).
+      exponents: int8 `[*lead, 1]`, with `dequantize(q) == values * 2.0**exponents` up to that axis
+        order. A row that held NaN or Inf has NaN values (its exponent, -128, means nothing).
     Raises:
       ValueError: the format's values are not fp8 numbers times a power of two.
     """
@@ -110,9 +113,7 @@ def _quantize(x, importance, *, fmt: Format, axis: int, rule: str) -> QTensor:
     if importance is not None:
         importance = _blocked(importance, axis, fmt)
     encoded = codec(fmt).encode(blocked, fmt, rule, importance)
-    return qtensor.pack(
-        encoded, fmt=fmt, length=x.shape[axis], axis=axis, dtype=x.dtype
-    )
+    return qtensor.pack(encoded, fmt=fmt, length=x.shape[axis], axis=axis, dtype=x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -147,9 +148,7 @@ def _checked_array(x) -> jax.Array:
     dtype = getattr(x, "dtype", None)
     if dtype is None or np.dtype(dtype).name not in INPUT_DTYPES:
         got = type(x).__name__ if dtype is None else f"dtype {np.dtype(dtype).name}"
-        raise ValueError(
-            f"x: expected an array of {', '.join(INPUT_DTYPES)}, got {got}"
-        )
+        raise ValueError(f"x: expected an array of {', '.join(INPUT_DTYPES)}, got {got}")
     if len(x.shape) < 1:
         raise ValueError("x: expected rank >= 1, got a scalar")
     return jnp.asarray(x)
@@ -157,35 +156,26 @@ def _checked_array(x) -> jax.Array:
 
 def _checked_axis(axis: int, ndim: int) -> int:
     if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"axis: expected in [{-ndim}, {ndim - 1}] for rank {ndim}, got {axis}"
-        )
+        raise ValueError(f"axis: expected in [{-ndim}, {ndim - 1}] for rank {ndim}, got {axis}")
     return axis - ndim if axis >= 0 else axis
 
 
 def checked_rule(select: str | None, fmt: Format) -> str:
+    """The rule to use; raises ValueError where `select` is unknown or does not fit the format."""
     if select is None:
         return DEFAULT_RULE
     if select not in selection.RULES:
-        raise ValueError(
-            f"select: expected one of {', '.join(selection.RULES)}, got {select!r}"
-        )
+        raise ValueError(f"select: expected one of {', '.join(selection.RULES)}, got {select!r}")
     if not fmt.has_choice:
-        raise ValueError(
-            f"select: {fmt} has nothing to choose; leave select out, got {select!r}"
-        )
+        raise ValueError(f"select: {fmt} has nothing to choose; leave select out, got {select!r}")
     if select == "blockdialect" and fmt.book != "dialectfp4":
-        raise ValueError(
-            f"select: 'blockdialect' is for dialectfp4:<block>, got {fmt}"
-        )
+        raise ValueError(f"select: 'blockdialect' is for dialectfp4:<block>, got {fmt}")
     return select
 
 
 def _checked_importance(importance, x, axis: int, fmt: Format) -> jax.Array:
     if not fmt.has_choice:
-        raise ValueError(
-            f"importance: {fmt} has no choice that importance could weigh"
-        )
+        raise ValueError(f"importance: {fmt} has no choice that importance could weigh")
     importance = jnp.asarray(importance, jnp.float32)
     if importance.shape == (x.shape[axis],):
         shape = [1] * x.ndim

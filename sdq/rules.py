@@ -103,16 +103,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises ValueError for text that is no plan of this version, naming the leaf where there is one."""
+        """Raises ValueError for text that is no plan of this version, naming the leaf if one is."""
         try:
             data = json.loads(text)
             version, leaves = data["version"], data["leaves"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"not a plan: {error!r}") from None
         if version != PLAN_VERSION:
-            raise ValueError(
-                f"plan version {version}, this sdq reads version {PLAN_VERSION}"
-            )
+            raise ValueError(f"plan version {version}, this sdq reads version {PLAN_VERSION}")
         return cls({path: _leaf_plan(path, leaf) for path, leaf in leaves.items()})
 
 
@@ -125,8 +123,8 @@ def resolve(rules: Sequence[Rule], params: Any) -> Plan:
     Returns:
       A Plan that covers every leaf.
     Raises:
-      ValueError: one message that lists every leaf without a rule, every rule that decided nothing and every
-        leaf that cannot take its format.
+      ValueError: one message that lists every leaf without a rule, every rule that decided nothing
+        and every leaf that cannot take its format.
     """
     leaves = flatten(params)
     decided: dict[str, LeafPlan] = {}

@@ -1,16 +1,19 @@
-"""How a block chooses its dialect: three ways, and BlockDialect's own rule. Pure functions, jit-able.
+"""How a block chooses its dialect: three ways, and BlockDialect's own rule. Pure functions,
+jit-able.
 
-All take `u`, float32 `[..., G, block]`: magnitudes in half-units, |x| / 2^e, in [0, 16) for the block's own
-exponent (smaller where the exponent window lifted it). All return int32 ids `[..., G]`.
+All take `u`, float32 `[..., G, block]`: magnitudes in half-units, |x| / 2^e, in [0, 16) for the
+block's own exponent (smaller where the exponent window lifted it). All return int32 ids `[..., G]`.
 
   exhaustive   every dialect, errors out of a table of 2048 bins   best
   lut          every dialect, errors out of a table of 64 bins     -0.05 dB, tables 1/32 as large
   two_stage    the block maximum gives the top, one packed table
-               read serves its four shapes                         -0.1 to -0.23 dB, 1/16 of the reads
+               read serves its four shapes                         -0.1 to -0.23 dB, 1/16 of the
+               reads
   blockdialect BlockDialect's rule, for books with two shapes      the published baseline
 
-Errors are sums of integers, hence exact: the same choice on every backend, in any order of summation, with
-any sharding. With `importance` (float32, broadcastable to u, >= 0) each element's error counts that much.
+Errors are sums of integers, hence exact: the same choice on every backend, in any order of
+summation, with any sharding. With `importance` (float32, broadcastable to u, >= 0) each element's
+error counts that much.
 """
 
 import jax
@@ -27,16 +30,14 @@ PACKED_ELEMENTS = 16  # elements whose errors sum inside a packed field
 def bins(u: jax.Array, count: int = formatbook.BINS) -> jax.Array:
     """The table bin of each magnitude, int32 in [0, count): equal parts of [0, 16).
 
-    Written as one fused multiply-add and a rounding, which is what a kernel does. On whole half-units, where
-    the nearest magnitude may change, bins are closed below.
+    Written as one fused multiply-add and a rounding, which is what a kernel does. On whole
+    half-units, where the nearest magnitude may change, bins are closed below.
     """
     bin_ = jnp.round(u * (count / 16) - 0.5).astype(jnp.int32)
     return jnp.clip(bin_, 0, count - 1)
 
 
-def exhaustive(
-    u: jax.Array, book: Book, importance: jax.Array | None = None
-) -> jax.Array:
+def exhaustive(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
     """The dialect with the smallest squared error, magnitudes resolved to 11 bits."""
     return _smallest(u, book, formatbook.FINE_BINS, importance)
 
@@ -46,9 +47,7 @@ def lut(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Ar
     return _smallest(u, book, formatbook.BINS, importance)
 
 
-def two_stage(
-    u: jax.Array, book: Book, importance: jax.Array | None = None
-) -> jax.Array:
+def two_stage(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
     """The top nearest to the block maximum, then the best of that top's shapes."""
     top = nearest_top(largest_magnitude(u), book)
     if book.shapes == 1:
@@ -58,20 +57,17 @@ def two_stage(
     else:
         table = jnp.asarray(formatbook.coarse_shape_errors(book), jnp.float32)
         each = table[top[..., None], bins(u)]  # [..., G, block, shapes]
-        errors = jnp.sum(
-            each * jnp.broadcast_to(importance, u.shape)[..., None], axis=-2
-        )
+        errors = jnp.sum(each * jnp.broadcast_to(importance, u.shape)[..., None], axis=-2)
     return top * SHAPES_PER_TOP + jnp.argmin(errors, axis=-1).astype(jnp.int32)
 
 
-def blockdialect(
-    u: jax.Array, book: Book, importance: jax.Array | None = None
-) -> jax.Array:
-    """BlockDialect's two stages: the truncated maximum picks a pair, a count of elements picks its member.
+def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
+    """BlockDialect's two stages: the truncated maximum picks a pair, a count of elements picks its
+    member.
 
-    A member's beneficial range lies between the midpoints from the value that only it has to the neighbours
-    in the union of both. Magnitudes are truncated to half a half-unit first (its 5-bit fixed point). Ours: a
-    tie of the counts goes to the first member.
+    A member's beneficial range lies between the midpoints from the value that only it has to the
+    neighbours in the union of both. Magnitudes are truncated to half a half-unit first (its 5-bit
+    fixed point). Ours: a tie of the counts goes to the first member.
     """
     if book.shapes != 2:
         raise ValueError(f"select='blockdialect' needs two shapes a top, not {book}")
@@ -107,7 +103,8 @@ def nearest_top(block_max: jax.Array, book: Book) -> jax.Array:
 def _smallest(u, book, count, importance):
     """The id whose table errors sum to the least; the lowest id among equals.
 
-    One pair of dialects at a time, so that memory stays at one array of the size of u whatever the book.
+    One pair of dialects at a time, so that memory stays at one array of the size of u whatever the
+    book.
     """
     if len(book.ids) == 1:
         return jnp.full(u.shape[:-1], book.ids[0], jnp.int32)
@@ -128,8 +125,7 @@ def _smallest(u, book, count, importance):
 
         def pair_errors(pair):
             return [
-                jnp.sum(_read(table[pair, member], bin_) * importance, axis=-1)
-                for member in (0, 1)
+                jnp.sum(_read(table[pair, member], bin_) * importance, axis=-1) for member in (0, 1)
             ]
 
     def challenge(pair, held):
@@ -149,7 +145,8 @@ def _smallest(u, book, count, importance):
 def _read(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index] for indices known to be in range, in the dtype they have.
 
-    Plain indexing widens indices to int32 first, and XLA then keeps that wide copy alive through the loop.
+    Plain indexing widens indices to int32 first, and XLA then keeps that wide copy alive through
+    the loop.
     """
     return jax.lax.gather(
         table,
@@ -163,7 +160,7 @@ def _read(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _sum_of_groups(words: jax.Array) -> jax.Array:
-    """Packed words `[..., G, block]` summed 16 at a time, `[..., G, block / 16]`: no field overflows."""
+    """Packed words `[..., G, block]` summed 16 at a time, so that no field overflows."""
     block = words.shape[-1]
     group = min(PACKED_ELEMENTS, block)
     grouped = words.reshape(*words.shape[:-1], block // group, group)
@@ -171,7 +168,7 @@ def _sum_of_groups(words: jax.Array) -> jax.Array:
 
 
 def _packed_shape_errors(u: jax.Array, top: jax.Array, book: Book) -> jax.Array:
-    """Summed coarse errors `[..., G, shapes]`: one table read and one add an element serve all shapes."""
+    """Summed coarse errors `[..., G, shapes]`: a table read and an add serve all shapes."""
     coarse = formatbook.coarse_shape_errors(book)
     fields = coarse[..., 1:].astype(np.int64) << (10 * np.arange(coarse.shape[-1] - 1))
     words = jnp.asarray(fields.sum(axis=-1).astype(np.int32))  # [8 tops, 64 bins]
@@ -186,7 +183,7 @@ def _packed_shape_errors(u: jax.Array, top: jax.Array, book: Book) -> jax.Array:
 
 
 def _beneficial_ranges(book: Book) -> np.ndarray:
-    """float32 `[8 tops, 2 members, (low, high)]` in half-units, derived from the dialects themselves."""
+    """float32 `[8 tops, 2 members, (low, high)]` in half-units, derived from the dialects."""
     ranges = np.zeros((8, 2, 2), np.float32)
     for top in book.tops:
         pair = [set(d) for d in book.dialects if d[-1] == top]

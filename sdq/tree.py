@@ -1,4 +1,4 @@
-"""quantize_params and dequantize_params: a plan carried out on a whole parameter tree, leaf by leaf."""
+"""quantize_params and dequantize_params: a plan carried out on a parameter tree, leaf by leaf."""
 
 import contextlib
 import dataclasses
@@ -39,16 +39,16 @@ def quantize_params(
 ) -> Any:
     """The same tree with QTensor leaves where the plan says so.
 
-    Goes leaf by leaf, so that at most one leaf is held twice. Works under jit and `jax.eval_shape` too (without
-    `on_leaf` and `donate`).
+    Goes leaf by leaf, so that at most one leaf is held twice. Works under jit and `jax.eval_shape`
+    too (without `on_leaf` and `donate`).
 
     Args:
       params: a tree of arrays, the one that the plan was resolved for.
       plan: from `resolve`.
-      on_leaf: called with a LeafReport after each leaf, for a progress bar and an error table; measuring the
-        error costs one dequantisation a leaf. `list.append` collects them.
-      donate: free each array's buffer once it is quantised. The caller's arrays are deleted: peak memory is
-        then the tree plus a few leaves, not the tree twice.
+      on_leaf: called with a LeafReport after each leaf, for a progress bar and an error table;
+        measuring the error costs one dequantisation a leaf. `list.append` collects them.
+      donate: free each array's buffer once it is quantised. The caller's arrays are deleted: peak
+        memory is then the tree plus a few leaves, not the tree twice.
     Raises:
       ValueError: the tree is not the plan's; every difference is listed.
     """
@@ -82,8 +82,8 @@ def progress_bar(
 ) -> Iterator[Callable[[LeafReport], None]]:
     """An `on_leaf` that draws a progress bar on stderr and passes each report on.
 
-        with progress_bar(plan, reports.append) as on_leaf:
-            quantised = quantize_params(params, plan, on_leaf=on_leaf)
+    with progress_bar(plan, reports.append) as on_leaf:
+        quantised = quantize_params(params, plan, on_leaf=on_leaf)
     """
     bar = rich.progress.Progress(
         rich.progress.TextColumn("quantise"),

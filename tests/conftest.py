@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no silent dtype or rank promotion, several CPU devices, repeatable hypothesis."""
+"""Strict JAX for every test: no silent promotion, several CPU devices, repeatable hypothesis."""
 
 import hypothesis
 import jax

@@ -10,7 +10,12 @@ import pytest
 import sdq
 
 ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = ["sdq", "pallas_kernels", "models", "scripts"]  # each may import itself and those before it
+LAYERS = [
+    "sdq",
+    "pallas_kernels",
+    "models",
+    "scripts",
+]  # each may import itself and those before it
 FORBIDDEN = {
     "sdq": {"flax", "optax", "chex", "torch"},
     "pallas_kernels": {"flax", "optax", "chex", "torch"},

@@ -1,4 +1,4 @@
-"""What the documents promise: every Python block of the README runs, every command answers --help."""
+"""What the documents promise: README blocks run, its table is true, commands answer --help."""
 
 import pathlib
 import re
@@ -49,7 +49,10 @@ def test_console_command_is_installed():
 @pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "scripts").glob("[!_]*.py")))
 def test_script_answers_help(script):
     done = subprocess.run(
-        [sys.executable, "-m", f"scripts.{script}", "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", f"scripts.{script}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 

@@ -1,10 +1,13 @@
-"""Dialect formats (sdq32, dialectfp4, e2m1): 4-bit codes, a metadata byte a block, an exponent a row.
+"""Dialect formats (sdq32, dialectfp4, e2m1): 4-bit codes, a metadata byte a block, an exponent a
+row.
 
-A value is `sign * magnitudes[dialect][index] * 2^e` with `e = row exponent - exponent below the row's`.
-A code is `[sign : 1 | index : 3]`.
+A value is `sign * magnitudes[dialect][index] * 2^e` with `e = row exponent - exponent below the
+row's`. A code is `[sign : 1 | index : 3]`.
 
-  block exponent  floor(log2 amax) - 3, so that the block maximum lands in [8, 16) half-units, but never
-                  more than 7 below the row's and never below -125 (every value stays a normal float32)
+  block exponent  floor(log2 amax) - 3, so that the block maximum lands in [8, 16) half-units, but
+  never
+                  more than 7 below the row's and never below -125 (every value stays a normal
+                  float32)
   row exponent    the largest of its blocks', int8 in [-125, 124]; -128 marks a row with NaN or Inf
 """
 
@@ -26,10 +29,8 @@ BAD_ROW = -128
 LOWEST_EXPONENT = -125
 
 
-def encode(
-    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
-) -> Encoded:
-    """float32 `[..., G, block]` -> codes uint8 of that shape, metadata `[..., G]`, row exponent `[..., 1]`."""
+def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+    """float32 `[..., G, block]` -> codes of that shape, metadata `[..., G]`, row exponents."""
     book = formatbook.BOOKS[fmt.book or ""]
     block_exponent = exponent_of(largest_magnitude(x))  # [..., G]
     highest = jnp.max(block_exponent, axis=-1, keepdims=True, initial=LOWEST_EXPONENT)
@@ -55,7 +56,7 @@ def encode(
 def decode(encoded: Encoded, fmt: Format) -> jax.Array:
     """float32 `[..., G, block]`; a bad row is NaN throughout."""
     below, dialect = packing.unpack_metadata(encoded.scales)
-    row = encoded.outer.astype(jnp.int32)
+    row = _row_exponents(encoded).astype(jnp.int32)
     bad = row == BAD_ROW
     exponent = jnp.where(bad, 0, row - below)
     step = jnp.where(bad, jnp.nan, power_of_two(exponent))
@@ -66,28 +67,31 @@ def decode(encoded: Encoded, fmt: Format) -> jax.Array:
 
 
 def decode_fp8(encoded: Encoded, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """e4m3 `[..., G, block]` and the row exponent `[..., 1]`: `value * 2^row`, no rounding anywhere."""
+    """e4m3 `[..., G, block]` and row exponents `[..., 1]`: `value * 2^row`, nothing rounds."""
     table = jnp.asarray(formatbook.fp8_table(formatbook.BOOKS[fmt.book or ""]))
-    index = encoded.scales[..., None].astype(jnp.int32) * 8 + (
-        encoded.codes & 7
-    ).astype(jnp.int32)
+    index = encoded.scales[..., None].astype(jnp.int32) * 8 + (encoded.codes & 7).astype(jnp.int32)
     bits = jax.lax.bitcast_convert_type(table, jnp.uint8).reshape(-1)[index]
     bits = bits | ((encoded.codes & 8) << 4)
-    bits = jnp.where((encoded.outer == BAD_ROW)[..., None], jnp.uint8(0x7F), bits)
-    return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), encoded.outer
+    row = _row_exponents(encoded)
+    bits = jnp.where((row == BAD_ROW)[..., None], jnp.uint8(0x7F), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), row
 
 
 def problems(encoded: Encoded, fmt: Format) -> list[str]:
     """What is impossible in concrete arrays, in words; empty where all is well."""
     found = []
-    _, dialect = packing.unpack_metadata(encoded.scales)
+    below, dialect = packing.unpack_metadata(encoded.scales)
     used = formatbook.BOOKS[fmt.book or ""].ids
     if unknown := set(jnp.unique(dialect).tolist()) - set(used):
         found.append(f"dialect ids {sorted(unknown)} are not in book {fmt.book!r}")
-    row = encoded.outer.astype(jnp.int32)
+    row = _row_exponents(encoded).astype(jnp.int32)
     if bool(jnp.any((row != BAD_ROW) & (row < LOWEST_EXPONENT))):
         found.append(f"a row exponent lies below {LOWEST_EXPONENT}")
-    below, _ = packing.unpack_metadata(encoded.scales)
     if bool(jnp.any((row != BAD_ROW) & (row - below < LOWEST_EXPONENT))):
         found.append(f"a block exponent lies below {LOWEST_EXPONENT}")
     return found
+
+
+def _row_exponents(encoded: Encoded) -> jax.Array:
+    assert encoded.outer is not None, "a dialect array has row exponents"
+    return encoded.outer

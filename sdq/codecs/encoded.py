@@ -6,7 +6,7 @@ import jax
 
 
 class Encoded(NamedTuple):
-    """codes `[..., G, block]`, scales `[..., G]`, outer `[..., 1]` or `[..., 1, 1]`-like or None."""
+    """codes `[..., G, block]`, scales `[..., G]`, outer scales of the rank of scales or None."""
 
     codes: jax.Array
     scales: jax.Array

@@ -1,7 +1,7 @@
 """Symmetric integers (int4, int8): round(x / scale), one bfloat16 scale a block or a whole row.
 
-int4 codes are -7..7 (two's complement in a nibble), int8 codes -127..127. `scale = bf16(amax / largest)`
-and codes are computed with the rounded scale. A NaN scale marks every block of a bad row.
+int4 codes are -7..7 (two's complement in a nibble), int8 codes -127..127. `scale = bf16(amax /
+largest)` and codes are computed with the rounded scale. A NaN scale marks every block of a bad row.
 """
 
 import jax
@@ -15,9 +15,7 @@ from sdq.numerics import largest_magnitude, row_is_bad
 SMALLEST_SCALE = 2.0**-126
 
 
-def encode(
-    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
-) -> Encoded:
+def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
     """float32 `[..., G, block]` -> codes (uint8 nibbles or int8), bfloat16 scales `[..., G]`."""
     largest = _largest(fmt)
     amax = largest_magnitude(x)
@@ -35,9 +33,7 @@ def encode(
     q = jnp.clip(jnp.round(y), -largest, largest).astype(jnp.int8)
     if fmt.element_bits == 4:
         q = jax.lax.bitcast_convert_type(q, jnp.uint8) & 15
-    return Encoded(
-        codes=q, scales=jnp.where(bad, jnp.bfloat16(jnp.nan), scale), outer=None
-    )
+    return Encoded(codes=q, scales=jnp.where(bad, jnp.bfloat16(jnp.nan), scale), outer=None)
 
 
 def decode(encoded: Encoded, fmt: Format) -> jax.Array:

@@ -4,7 +4,8 @@ Scale rules, for block maximum amax (E2M1 reaches 6 = 1.5 * 2^2):
   floor   2^(floor(log2 amax) - 2)     the OCP text; the maximum may saturate
   rceil   2^ceil(log2(amax / 6))       nothing saturates
   even    floor, after amax is rounded to E2M1's one mantissa bit
-Scales are stored as E8M0 bits (value 2^(byte - 127)); 255 is NaN and marks every block of a bad row.
+Scales are stored as E8M0 bits (value 2^(byte - 127)); 255 is NaN and marks every block of a bad
+row.
 """
 
 import jax
@@ -18,9 +19,7 @@ from sdq.numerics import exponent_of, largest_magnitude, row_is_bad, times_power
 NAN_SCALE = 255
 
 
-def encode(
-    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
-) -> Encoded:
+def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
     """float32 `[..., G, 32]` -> codes uint8 of that shape, E8M0 bits uint8 `[..., G]`."""
     amax = largest_magnitude(x)
     bad = row_is_bad(amax)

@@ -1,6 +1,7 @@
 """NF4 (QLoRA): 16 quantiles of a normal distribution in [-1, 1], one bfloat16 absmax a block.
 
-A code is the index of the nearest level, ties to the lower level. A NaN scale marks every block of a bad row.
+A code is the index of the nearest level, ties to the lower level. A NaN scale marks every block of
+a bad row.
 """
 
 import jax
@@ -37,9 +38,7 @@ MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 LARGEST_SCALE = float(jnp.finfo(jnp.bfloat16).max)
 
 
-def encode(
-    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
-) -> Encoded:
+def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
     """float32 `[..., G, block]` -> codes uint8 0..15, bfloat16 scales `[..., G]`."""
     amax = largest_magnitude(x)
     bad = row_is_bad(amax)
@@ -51,9 +50,7 @@ def encode(
     codes = jnp.zeros(x.shape, jnp.uint8)
     for middle in MIDPOINTS.tolist():
         codes += (y > middle).astype(jnp.uint8)
-    return Encoded(
-        codes=codes, scales=jnp.where(bad, jnp.bfloat16(jnp.nan), scale), outer=None
-    )
+    return Encoded(codes=codes, scales=jnp.where(bad, jnp.bfloat16(jnp.nan), scale), outer=None)
 
 
 def decode(encoded: Encoded, fmt: Format) -> jax.Array:

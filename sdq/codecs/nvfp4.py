@@ -1,7 +1,8 @@
 """NVFP4: E2M1 elements, blocks of 16, one E4M3 scale a block, and (two levels) a float32 a matrix.
 
-A matrix is the last two axes with the quantised one last; leading axes (layers, experts, batch) each have
-their own second-level scale, so that a stacked leaf scans and a batch does not change its members.
+A matrix is the last two axes with the quantised one last; leading axes (layers, experts, batch)
+each have their own second-level scale, so that a stacked leaf scans and a batch does not change its
+members.
 
   matrix scale  amax of the matrix / (448 * 6), float32; 1 in the one-level form
   block scale   E4M3(amax of the block / 6 / matrix scale), saturating at 448
@@ -20,10 +21,8 @@ E4M3_MAX = 448.0
 SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32
 
 
-def encode(
-    x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None
-) -> Encoded:
-    """float32 `[..., M, G, 16]` -> codes, E4M3 bits uint8 `[..., M, G]`, float32 `[..., 1, 1]` or None."""
+def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+    """float32 `[..., M, G, 16]` -> codes, E4M3 bits `[..., M, G]`, matrix scales `[..., 1, 1]`."""
     amax = largest_magnitude(x)  # [..., M, G]
     bad = row_is_bad(amax)
     amax = jnp.where(bad, 0.0, amax)

@@ -1,4 +1,4 @@
-"""save and load: whole trees, shardings, every kind of damage, and a process killed in the middle."""
+"""save and load: whole trees, shardings, every kind of damage, a process killed midway."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_manifest_says_what_is_stored(params, saved):
     leaf = {entry.path: entry for entry in manifest.leaves}["blocks/kernel"]
     assert (leaf.format, leaf.shape, leaf.axis) == ("sdq32:16", (2, 64, 32), -2)
     assert leaf.nbytes == q["blocks"]["kernel"].nbytes
-    assert leaf.sqnr_db == [r.sqnr_db for r in reports if r.path == leaf.path][0]
+    assert leaf.sqnr_db == next(r.sqnr_db for r in reports if r.path == leaf.path)
     assert manifest.metadata == {"model": "test"}
     assert manifest.written_by["sdq"] == sdq.__version__
     on_disk = {p.relative_to(saved / manifest.data).as_posix(): p.stat().st_size
@@ -95,11 +95,15 @@ def test_load_onto_shardings(params, saved):
     like = checkpoint.abstract(saved)
     q = like["blocks"]["kernel"]
     like["blocks"]["kernel"] = jax.tree.map(
-        lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), q, sdq.shardings(q, sharding)
+        lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s),
+        q,
+        sdq.shardings(q, sharding),
     )
     loaded = sdq.load(saved, like)
     assert_same_tree(loaded, params[0])
-    assert loaded["blocks"]["kernel"].codes.sharding.spec == jax.sharding.PartitionSpec(None, "d", None)
+    assert loaded["blocks"]["kernel"].codes.sharding.spec == jax.sharding.PartitionSpec(
+        None, "d", None
+    )
     assert len(loaded["blocks"]["kernel"].codes.sharding.device_set) == 4
 
 
@@ -131,7 +135,8 @@ def test_a_save_replaces_the_last_one_and_leaves_no_rubbish(params, saved):
     assert sorted(p.name for p in saved.iterdir()) == ["data-2", "manifest.json"]
 
 
-# --- damage ------------------------------------------------------------------------------------------------
+# --- damage
+# ------------------------------------------------------------------------------------------------
 
 CODES = "blocks.kernel.codes/c/0/0/0"
 
@@ -180,7 +185,7 @@ def test_a_flip_anywhere_in_the_manifest_is_found(saved):
     whole = file.read_bytes()
     for at in range(0, len(whole), 97):
         flip(file, at)
-        with pytest.raises(sdq.CheckpointError, match="manifest.json"):
+        with pytest.raises(sdq.CheckpointError, match=r"manifest\.json"):
             sdq.load(saved)
         file.write_bytes(whole)
     file.write_bytes(whole[: len(whole) // 2])
@@ -205,7 +210,9 @@ def rewrite_manifest(saved, change):
 
 def test_newer_version(saved):
     rewrite_manifest(saved, lambda d: d.update(version=99))
-    with pytest.raises(sdq.CheckpointError, match=r"manifest.json: checkpoint version 99.*install a newer sdq"):
+    with pytest.raises(
+        sdq.CheckpointError, match=r"manifest.json: checkpoint version 99.*install a newer sdq"
+    ):
         sdq.load(saved)
 
 
@@ -216,7 +223,8 @@ def test_unknown_format(saved):
 
     rewrite_manifest(saved, change)
     with pytest.raises(
-        sdq.CheckpointError, match=r"manifest.json: leaf 'embed/kernel': unknown format 'sdq64:16'.*install the sdq"
+        sdq.CheckpointError,
+        match=r"manifest.json: leaf 'embed/kernel': unknown format 'sdq64:16'.*install the sdq",
     ):
         sdq.load(saved)
 
@@ -238,13 +246,14 @@ def test_save_refuses_foreign_folders_files_and_leaves(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "new").exists()
 
 
-# --- a save that is killed ---------------------------------------------------------------------------------
+# --- a save that is killed
+# ---------------------------------------------------------------------------------
 
 WRITER = """
 import sys, jax.numpy as jnp, sdq
 for number in range(1, 10_000):
-    sdq.save(sys.argv[1], {"a": jnp.full((64, 512), float(number)), "b": jnp.full(9, float(number))})
-    print(number, flush=True)
+    sdq.save(sys.argv[1], {"a": jnp.full((64, 512), float(number)), "b": jnp.full(9,
+    float(number))}) print(number, flush=True)
 """
 
 

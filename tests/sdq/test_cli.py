@@ -32,7 +32,11 @@ def test_inspect_as_json(saved, capsys):
     assert cli.main(["inspect", str(saved), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     leaf = document["leaves"][0]
-    assert leaf["path"] == "blocks/kernel" and leaf["sqnr_db"] > 18 and 4.5 < leaf["bits_per_element"] < 5
+    assert (
+        leaf["path"] == "blocks/kernel"
+        and leaf["sqnr_db"] > 18
+        and 4.5 < leaf["bits_per_element"] < 5
+    )
     assert document["nbytes"] == sum(x["nbytes"] for x in document["leaves"])
     assert document["metadata"] == {"model": "tiny"}
 

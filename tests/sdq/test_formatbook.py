@@ -1,3 +1,5 @@
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ EVERY_BOOK = pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
 def test_dialects_ascend_from_zero_to_their_top(book):
     for dialect in book.dialects:
         assert len(dialect) == 8 and dialect[0] == 0 and dialect[-1] in range(8, 16)
-        assert all(low < high for low, high in zip(dialect, dialect[1:], strict=False))
+        assert all(low < high for low, high in itertools.pairwise(dialect))
     assert len(set(book.dialects)) == len(book.dialects) == len(book.ids)
     assert [d[-1] for d in book.dialects] == sorted(d[-1] for d in book.dialects)
     for id_, dialect in zip(book.ids, book.dialects, strict=True):

@@ -7,8 +7,12 @@ import sdq
 
 def test_sqnr_by_the_definition(rng):
     x, noise = rng.standard_normal((2, 64, 64)).astype(np.float32)
-    expected = 10 * np.log10((x.astype(float) ** 2).sum() / ((0.01 * noise.astype(float)) ** 2).sum())
-    assert float(sdq.sqnr_db(jnp.asarray(x), jnp.asarray(x + 0.01 * noise))) == pytest.approx(expected, abs=1e-3)
+    expected = 10 * np.log10(
+        (x.astype(float) ** 2).sum() / ((0.01 * noise.astype(float)) ** 2).sum()
+    )
+    assert float(sdq.sqnr_db(jnp.asarray(x), jnp.asarray(x + 0.01 * noise))) == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -25,7 +25,9 @@ def test_power_of_two_is_exact_over_its_range():
     np.testing.assert_array_equal(numerics.power_of_two(jnp.asarray(n)), np.ldexp(np.float32(1), n))
 
 
-@pytest.mark.parametrize(("x", "n"), [(1.5, 127), (1.5e38, -250), (1.5e-38, 250), (3.0, -126), (-5.0, 0)])
+@pytest.mark.parametrize(
+    ("x", "n"), [(1.5, 127), (1.5e38, -250), (1.5e-38, 250), (3.0, -126), (-5.0, 0)]
+)
 def test_times_power_of_two_where_one_factor_would_not_do(x, n):
     got = numerics.times_power_of_two(jnp.array([x], jnp.float32), jnp.array([n], jnp.int32))
     assert float(got[0]) == float(np.ldexp(np.float64(np.float32(x)), n))

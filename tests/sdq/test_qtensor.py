@@ -61,7 +61,9 @@ def replaced(q, **parts):
 BROKEN = {
     "axis: expected in": lambda q: replaced(q, axis=1),
     r"codes: expected uint8\[4, 24\]": lambda q: replaced(q, codes=q.codes[:, :-1]),
-    r"scales: expected uint8\[4, 3\].*got uint8\[4, 2\]": lambda q: replaced(q, scales=q.scales[:, :-1]),
+    r"scales: expected uint8\[4, 3\].*got uint8\[4, 2\]": lambda q: replaced(
+        q, scales=q.scales[:, :-1]
+    ),
     r"scales: .*got int32": lambda q: replaced(q, scales=q.scales.astype(jnp.int32)),
     r"outer: expected int8\[4, 1\].*got int8\[4\]": lambda q: replaced(q, outer=q.outer[:, 0]),
     "needs outer scales, got None": lambda q: replaced(q, outer=None),
@@ -70,13 +72,21 @@ BROKEN = {
     ),
     "padding beyond element 40": lambda q: replaced(q, codes=q.codes.at[0, -1].set(0x77)),
     "row exponent lies below -125": lambda q: replaced(q, outer=q.outer.at[0].set(-126)),
-    "block exponent lies below -125": lambda q: replaced(q, outer=q.outer * 0 - 125, scales=q.scales | 0xE0),
+    "block exponent lies below -125": lambda q: replaced(
+        q, outer=q.outer * 0 - 125, scales=q.scales | 0xE0
+    ),
     r"dialect ids \[2\] are not in book 'dialectfp4'": lambda q: replaced(
         s := sdq.quantize(jnp.ones((4, 16)), "dialectfp4:16"), scales=s.scales * 0 + 2
     ),
-    "a code is -8": lambda q: replaced(s := sdq.quantize(jnp.ones((1, 32)), "int4:32"), codes=s.codes * 0 + 8),
-    "a code is -128": lambda q: replaced(s := sdq.quantize(jnp.ones((1, 32)), "int8"), codes=s.codes * 0 - 128),
-    "a scale is negative": lambda q: replaced(s := sdq.quantize(jnp.ones((1, 64)), "nf4:64"), scales=-s.scales),
+    "a code is -8": lambda q: replaced(
+        s := sdq.quantize(jnp.ones((1, 32)), "int4:32"), codes=s.codes * 0 + 8
+    ),
+    "a code is -128": lambda q: replaced(
+        s := sdq.quantize(jnp.ones((1, 32)), "int8"), codes=s.codes * 0 - 128
+    ),
+    "a scale is negative": lambda q: replaced(
+        s := sdq.quantize(jnp.ones((1, 64)), "nf4:64"), scales=-s.scales
+    ),
     "a block scale is negative": lambda q: replaced(
         s := sdq.quantize(jnp.ones((1, 16)), "nvfp4"), scales=s.scales | 0x80
     ),
@@ -127,7 +137,9 @@ def test_shardings_follow_the_logical_array(spec, codes, outer, rng):
 def test_shardings_of_abstract_and_two_level_tensors():
     rows = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec("a", None, "b"))
     for name in format_table.FORMATS:
-        q = jax.eval_shape(lambda x, name=name: sdq.quantize(x, name, axis=-2), jnp.ones((2, 64, 4)))
+        q = jax.eval_shape(
+            lambda x, name=name: sdq.quantize(x, name, axis=-2), jnp.ones((2, 64, 4))
+        )
         for sharding, part in zip(
             jax.tree.leaves(sdq.shardings(q, rows)), jax.tree.leaves(q), strict=True
         ):

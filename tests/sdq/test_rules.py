@@ -97,7 +97,9 @@ def test_bad_rules_are_refused_when_made(make, complaint):
 def test_leaves_that_are_no_arrays_or_quantised_already(params):
     params["name"] = "wan"
     params["done"] = sdq.quantize(jnp.ones((16, 16)), "sdq32:16")
-    with pytest.raises(ValueError, match=r"(?s)leaf 'done' is quantised already.*leaf 'name' is no array but str"):
+    with pytest.raises(
+        ValueError, match=r"(?s)leaf 'done' is quantised already.*leaf 'name' is no array but str"
+    ):
         sdq.resolve(RULES, params)
 
 
@@ -126,7 +128,10 @@ def test_plan_survives_json(params):
         (lambda d: d.update(version=99), "plan version 99, this sdq reads version 1"),
         (lambda d: d.pop("leaves"), "not a plan"),
         (lambda d: d["leaves"]["step"].pop("shape"), "plan, leaf 'step'"),
-        (lambda d: d["leaves"]["step"].update(format="fp5"), "plan, leaf 'step': unknown format 'fp5'"),
+        (
+            lambda d: d["leaves"]["step"].update(format="fp5"),
+            "plan, leaf 'step': unknown format 'fp5'",
+        ),
         (lambda d: d["leaves"]["step"].update(colour="red"), "plan, leaf 'step'"),
     ],
 )

@@ -13,7 +13,7 @@ BLOCKS = pytest.mark.parametrize("block", [8, 16, 32, 128])
 
 
 def magnitudes(block, rows=96, seed=0, dtype=np.float32):
-    """u of real blocks, all kinds of data, some of them lifted by the exponent window (maximum below 8)."""
+    """u of blocks of all kinds of data, some lifted by the exponent window (maximum below 8)."""
     kinds = [distributions.sample(n, seed, (rows, 2 * block)) for n in distributions.DISTRIBUTIONS]
     x = np.abs(np.concatenate(kinds).reshape(-1, 2, block)).astype(dtype).astype(np.float32)
     u = x / 2.0 ** (np.floor(np.log2(x.max(axis=-1, keepdims=True))) - 3)
@@ -39,8 +39,9 @@ def test_exhaustive_is_the_best_to_its_resolution(book, block):
     ids = np.asarray(select.exhaustive(jnp.asarray(u), book))
     errors = true_errors(u, book)
     chosen = np.take_along_axis(errors, np.vectorize(book.ids.index)(ids)[None], axis=0)[0]
-    # A bin is 1/128 wide, so a magnitude is off by 1/256 at most and a difference of two squared errors by
-    # 2 * (distance between the two nearest magnitudes, at most 8) / 256; table entries round to 1/64.
+    # A bin is 1/128 wide, so a magnitude is off by 1/256 at most and a difference of two squared
+    # errors by 2 * (distance between the two nearest magnitudes, at most 8) / 256; table entries
+    # round to 1/64.
     assert (chosen - errors.min(axis=0) <= block * (16 / 256 + 1 / 64)).all()
     assert np.mean(chosen - errors.min(axis=0)) <= 1e-3 * np.mean(chosen)
 
@@ -73,7 +74,9 @@ def test_packed_fields_survive_the_extremes(block):
     u = np.repeat(np.arange(0, 16, 0.125, np.float32)[:, None, None], block, axis=-1)
     u[..., 0] = 15.9
     sums = formatbook.coarse_shape_errors(SDQ32)[7, numpy_bins(u)].sum(axis=-2)
-    np.testing.assert_array_equal(select.two_stage(jnp.asarray(u), SDQ32), 28 + sums.argmin(axis=-1))
+    np.testing.assert_array_equal(
+        select.two_stage(jnp.asarray(u), SDQ32), 28 + sums.argmin(axis=-1)
+    )
 
 
 @pytest.mark.parametrize("rule", [select.exhaustive, select.lut, select.two_stage])

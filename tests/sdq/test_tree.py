@@ -49,9 +49,10 @@ def test_reports_are_in_order_and_true(params, plan):
     expected = sdq.sqnr_db(params["a"]["kernel"], sdq.dequantize(q["a"]["kernel"]))
     assert kernel.sqnr_db == pytest.approx(float(expected), abs=1e-4)
     assert reports[0].sqnr_db is None and reports[0].bytes_before == reports[0].bytes_after == 128
-    assert totals(reports) == (4 * (64 * 32 + 32 + 2 * 32 * 8), 128 + sum(
-        q[name]["kernel"].nbytes for name in "ab"
-    ))
+    assert totals(reports) == (
+        4 * (64 * 32 + 32 + 2 * 32 * 8),
+        128 + sum(q[name]["kernel"].nbytes for name in "ab"),
+    )
 
 
 def test_donate_frees_what_was_quantised_and_nothing_else(params, plan):

@@ -1,4 +1,4 @@
-"""The dialect codec against a definition in float64, and its promises: window, fp8, bad rows, idempotence."""
+"""The dialect codec against a definition in float64: values, window, fp8, bad rows, idempotence."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,9 @@ RULES = pytest.mark.parametrize("rule", ["exhaustive", "lut", "two_stage"])
 
 def rough(rng, rows=64, length=256):
     """Rows with blocks of very unequal size, zero blocks, exact ties and one all-zero row."""
-    x = rng.standard_normal((rows, length)) * np.exp2(rng.randint(-12, 12, (rows, length // 16))).repeat(16, 1)
+    x = rng.standard_normal((rows, length)) * np.exp2(
+        rng.randint(-12, 12, (rows, length // 16))
+    ).repeat(16, 1)
     x[3] = 0
     x[4, :32] = 0
     x[5] = np.rint(x[5] * 4) / 4
@@ -119,8 +121,9 @@ def test_a_bad_row_is_nan_and_marked(name, bad, rng):
 def test_values_survive_a_second_quantisation(name, rule, rng):
     """quantize(dequantize(q)) gives the same values wherever a block's exponent survives.
 
-    two_stage always keeps it: the block maximum becomes its dialect's top, at least 8. The other rules may pick
-    a dialect whose nearest magnitude to the maximum is below 8; then the block is read one exponent lower.
+    two_stage always keeps it: the block maximum becomes its dialect's top, at least 8. The other
+    rules may pick a dialect whose nearest magnitude to the maximum is below 8; then the block is
+    read one exponent lower.
     """
     y = np.asarray(sdq.dequantize(quantize(rough(rng, 512), name, rule)))
     again = quantize(y, name, rule)
@@ -163,7 +166,9 @@ def test_window_costs_little_even_with_wild_outliers(rng):
     """Blocks more than 7 exponents below their row's are coarser; the row hardly notices."""
     x = rng.standard_normal((256, 2048)).astype(np.float32)
     x[:, rng.permutation(2048)[:20]] *= 300
-    clamped = float(sdq.sqnr_db(jnp.asarray(x), sdq.dequantize(sdq.quantize(jnp.asarray(x), "sdq32:16"))))
+    clamped = float(
+        sdq.sqnr_db(jnp.asarray(x), sdq.dequantize(sdq.quantize(jnp.asarray(x), "sdq32:16")))
+    )
     blocks = jnp.asarray(x.reshape(-1, 16))  # every block a row of its own: no window
     free = float(sdq.sqnr_db(blocks, sdq.dequantize(sdq.quantize(blocks, "sdq32:16"))))
     assert free - clamped <= 0.1

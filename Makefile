@@ -1,0 +1,36 @@
+# Needs only python3 (3.11 or newer) and make. PYTHON=python3.12 picks another interpreter, VENV another folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+OUT ?= out
+
+.PHONY: demo test check slow bench clean
+
+demo: $(STAMP)  ## the format table and a picture of it
+	$(BIN)/sdq formats --plot $(OUT)/formats.png
+
+test: $(STAMP)  ## everything but the slow tests
+	$(BIN)/python -m pytest -q -n auto
+
+slow: $(STAMP)  ## everything
+	$(BIN)/python -m pytest -q -n auto --slow
+
+check: $(STAMP)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## CPU throughput of every format, written to docs/results/
+	$(BIN)/python -m scripts.bench_quantize --out docs/results
+
+clean:
+	rm -rf $(VENV) $(OUT) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Installed again only when pyproject.toml changes; the install is editable.
+$(STAMP): pyproject.toml
+	@echo "setting up $(VENV) (a minute or two)"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	@touch $@

@@ -1,0 +1,148 @@
+"""How fast and in how much memory an array is quantised and dequantised, for every format.
+
+    python -m scripts.bench_quantize --out docs/results
+
+Jitted, float32 in, on whatever device JAX uses; medians of several runs. Peak memory is XLA's own
+account of the compiled program: argument, output and temporaries, as multiples of the leaf.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.progress
+
+import sdq
+from sdq import distributions, format_table
+
+SHAPE = (2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One format, one way to choose, one axis; throughputs in million elements a second."""
+
+    format: str
+    select: str | None
+    axis: int
+    quantize_melements_per_s: float
+    dequantize_melements_per_s: float
+    peak_bytes_per_leaf_byte: float
+
+
+def measure(name: str, rule: str | None, axis: int, runs: int) -> Result:
+    """Time one case."""
+    x = jnp.asarray(distributions.sample("Gaussian", 0, SHAPE))
+    quantize = jax.jit(lambda x: sdq.quantize(x, name, select=rule, axis=axis)).lower(x).compile()
+    q = quantize(x)
+    dequantize = jax.jit(sdq.dequantize).lower(q).compile()
+    memory: Any = quantize.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Result(
+        format=name,
+        select=rule,
+        axis=axis,
+        quantize_melements_per_s=x.size / 1e6 / median_seconds(lambda: quantize(x), runs),
+        dequantize_melements_per_s=x.size / 1e6 / median_seconds(lambda: dequantize(q), runs),
+        peak_bytes_per_leaf_byte=peak / x.nbytes,
+    )
+
+
+def median_seconds(function: Callable, runs: int) -> float:
+    """Median wall time of a call, after one call to warm up."""
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def environment() -> dict[str, str]:
+    """Where and when the numbers were made, and how."""
+    return {
+        "command": "python -m scripts.bench_quantize " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "sdq": sdq.__version__,
+        "array": f"float32 {list(SHAPE)}, Gaussian",
+    }
+
+
+def to_markdown(results: list[Result], where: dict[str, str]) -> str:
+    """The page that goes into docs/results."""
+    lines = [
+        "# Quantisation throughput",
+        "",
+        *(
+            f"- {key}: {f'`{value}`' if key == 'command' else value}"
+            for key, value in where.items()
+        ),
+        "",
+        "Million elements a second, medians. Peak: argument, output and temporaries of the program "
+        "as multiples of the leaf. Axis -1: the quantised axis is contiguous; axis 0: it is not.",
+        "",
+        "| format | choice | axis | quantise M/s | dequantise M/s | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{r.format}` | {r.select or ''} | {r.axis} | {r.quantize_melements_per_s:.0f} | "
+        f"{r.dequantize_melements_per_s:.0f} | {r.peak_bytes_per_leaf_byte:.2f} |"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure every case and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder for the results (default: print only)"
+    )
+    parser.add_argument("--runs", type=int, default=9, help="timed runs of each case (default: 9)")
+    parser.add_argument("formats", nargs="*", default=format_table.FORMATS, help="default: all")
+    args = parser.parse_args()
+
+    cases = [
+        (name, rule, axis)
+        for name in args.formats
+        for rule in format_table.select_rules(sdq.format(name))
+        for axis in (-1, 0)
+    ]
+    results = [
+        measure(*case, args.runs)
+        for case in rich.progress.track(
+            cases, description="bench", console=rich.console.Console(stderr=True)
+        )
+    ]
+    page = to_markdown(results, environment())
+    print(page)
+    if args.out:
+        stem = f"quantize_{jax.default_backend()}"
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{stem}.md").write_text(page)
+        document = {
+            "environment": environment(),
+            "results": [dataclasses.asdict(r) for r in results],
+        }
+        (args.out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
