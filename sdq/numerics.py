@@ -23,7 +23,12 @@ def largest_magnitude(x: jax.Array) -> jax.Array:
     maximum of floats lets a NaN through.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    largest = jnp.max(bits & 0x7FFFFFFF, axis=-1)
+    largest = bits & 0x7FFFFFFF
+    if largest.shape[-1] > 32 and largest.shape[-1] % 16 == 0:
+        # In two steps: XLA:CPU fuses short reductions and would write a long one's input to memory.
+        short = (*largest.shape[:-1], largest.shape[-1] // 16, 16)
+        largest = jnp.max(largest.reshape(short), axis=-1)
+    largest = jnp.max(largest, axis=-1)
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
@@ -39,6 +44,15 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
     """
     half = n >> 1
     return x * power_of_two(half) * power_of_two(n - half)
+
+
+def divided_by(x: jax.Array, constant: float) -> jax.Array:
+    """x / constant, correctly rounded.
+
+    XLA replaces a division by a constant with a product of the rounded reciprocal, sometimes, and not
+    even a barrier stops it; so the divisor is made to look as if it depended on x.
+    """
+    return x / jnp.where(jnp.isnan(x), 1.0, jnp.float32(constant))
 
 
 def row_is_bad(amax: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) 
     if importance is not None:
         raise ValueError("select='blockdialect' counts elements: no importance")
     truncated = jnp.floor(2.0 * u) / 2.0
-    top = jnp.clip(jnp.floor(jnp.max(truncated, axis=-1)), FIRST_TOP, 15)
+    top = jnp.clip(jnp.floor(largest_magnitude(truncated)), FIRST_TOP, 15)
     top = top.astype(jnp.int32) - FIRST_TOP
     ranges = jnp.asarray(_beneficial_ranges(book))[top]  # [..., G, 2 members, 2 ends]
     low, high = ranges[..., 0], ranges[..., 1]

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import largest_magnitude, row_is_bad
+from sdq.numerics import divided_by, largest_magnitude, row_is_bad
 
 SMALLEST_SCALE = 2.0**-126
 
@@ -23,7 +23,7 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     amax = jnp.where(bad, 0.0, amax)
     # Rounding up to bfloat16 must not take largest * scale out of float32.
     ceiling = np.finfo(np.float32).max / largest * (1 - 2.0**-8)
-    scale = jnp.minimum(amax / largest, ceiling).astype(jnp.bfloat16)
+    scale = jnp.minimum(divided_by(amax, largest), ceiling).astype(jnp.bfloat16)
     scale = jnp.maximum(scale, jnp.bfloat16(SMALLEST_SCALE))
     scale = jnp.where(amax == 0, jnp.bfloat16(0), scale)
     step = scale.astype(jnp.float32)[..., None]

@@ -6,6 +6,8 @@ members.
 
   matrix scale  amax of the matrix / (448 * 6), float32; 1 in the one-level form
   block scale   E4M3(amax of the block / 6 / matrix scale), saturating at 448
+  code          E2M1(x * ((1 / matrix scale) / block scale)), in float32 and in that order, as torchao
+                and the kernels that it follows compute it
 Block scales are stored as E4M3 bits; NaN (0x7F) marks every block of a bad row.
 """
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from sdq.codecs import e2m1
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import largest_magnitude, row_is_bad
+from sdq.numerics import divided_by, largest_magnitude, row_is_bad
 
 E4M3_MAX = 448.0
 SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32
@@ -28,11 +30,12 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     amax = jnp.where(bad, 0.0, amax)
     matrix = _matrix_scale(amax) if fmt.outer else None
     unit = 1.0 if matrix is None else matrix
-    scale = jnp.minimum(amax / e2m1.LARGEST / unit, E4M3_MAX)
+    scale = jnp.minimum(divided_by(amax, e2m1.LARGEST) / unit, E4M3_MAX)
     scale = scale.astype(jnp.float8_e4m3fn)
-    step = (scale.astype(jnp.float32) * unit)[..., None]
-    divisible = (step > 0) & ~bad[..., None]
-    y = jnp.where(divisible, x / jnp.where(divisible, step, 1.0), jnp.copysign(0.0, x))
+    wide = scale.astype(jnp.float32)
+    usable = (wide > 0) & ~bad
+    reciprocal = (1.0 / unit) / jnp.where(usable, wide, 1.0)
+    y = jnp.where(usable[..., None], x * reciprocal[..., None], jnp.copysign(0.0, x))
     bits = jax.lax.bitcast_convert_type(scale, jnp.uint8)
     return Encoded(
         codes=e2m1.encode(y),
@@ -54,7 +57,8 @@ def _matrix_scale(amax: jax.Array) -> jax.Array:
     """float32 of amax's rank with the last two axes reduced to 1."""
     axes = tuple(range(max(amax.ndim - 2, 0), amax.ndim))
     largest = jnp.max(amax, axis=axes, keepdims=True, initial=0.0)
-    scale = jnp.maximum(largest / (E4M3_MAX * e2m1.LARGEST), SMALLEST_MATRIX_SCALE)
+    scale = divided_by(largest, E4M3_MAX * e2m1.LARGEST)
+    scale = jnp.maximum(scale, SMALLEST_MATRIX_SCALE)
     return jnp.where(largest == 0, 1.0, scale)
 
 

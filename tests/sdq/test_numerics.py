@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,13 @@ def test_power_of_two_is_exact_over_its_range():
 def test_times_power_of_two_where_one_factor_would_not_do(x, n):
     got = numerics.times_power_of_two(jnp.array([x], jnp.float32), jnp.array([n], jnp.int32))
     assert float(got[0]) == float(np.ldexp(np.float64(np.float32(x)), n))
+
+
+@pytest.mark.parametrize("constant", [6.0, 7.0, 127.0, 2688.0])
+def test_divided_by_rounds_once(constant, rng):
+    x = rng.standard_normal(100_000).astype(np.float32)
+    got = jax.jit(lambda x: numerics.divided_by(x, constant))(jnp.asarray(x))
+    np.testing.assert_array_equal(got, x / np.float32(constant))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
