@@ -294,6 +294,19 @@ def test_rows_sharded_over_devices_need_no_communication(name, rng):
         assert "all-reduce" not in hlo
 
 
+@EVERY_FORMAT
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_peak_memory_is_at_most_three_leaves(name, axis):
+    leaf = jax.ShapeDtypeStruct((512, 2048), jnp.float32)
+    rule = "exhaustive" if sdq.format(name).has_choice else None
+    compiled = (
+        jax.jit(lambda x: sdq.quantize(x, name, axis=axis, select=rule)).lower(leaf).compile()
+    )
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert peak <= 3 * leaf.size * 4
+
+
 def test_the_choice_compiles_once(rng):
     x = jnp.asarray(rng.standard_normal((4, 64)), jnp.float32)
     function = jax.jit(lambda v: sdq.dequantize(sdq.quantize(v, "sdq32:16", select="two_stage")))
