@@ -1,4 +1,4 @@
-"""What each choice in the design of `sdq32` costs or gains, in dB: the numbers behind docs/decisions.md.
+"""What each choice in the design of `sdq32` costs or gains, in dB: behind docs/decisions.md.
 
     python -m scripts.make_format_ablation --out docs/results
 
@@ -33,7 +33,7 @@ def nearest(u: np.ndarray, dialect: np.ndarray) -> np.ndarray:
 
 
 def errors(u: np.ndarray, book: np.ndarray) -> np.ndarray:
-    """Squared error of every dialect on every block, `[dialects, blocks]`, in squared half-units."""
+    """Squared error of every dialect on every block, `[dialects, blocks]`."""
     return np.stack([np.square(u - nearest(u, dialect)).sum(axis=-1) for dialect in book])
 
 

@@ -3,6 +3,8 @@
 float32 subnormals count as zero throughout, because some backends flush them and some do not.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,17 +21,16 @@ def exponent_of(x: jax.Array) -> jax.Array:
 def largest_magnitude(x: jax.Array) -> jax.Array:
     """max |x| over the last axis, float32; NaN where there is one, else Inf where there is one.
 
-    Compares bits, whose order is that of the magnitudes with NaN on top: a maximum of floats loses NaNs
-    on XLA:CPU.
+    Compares bits, whose order is that of the magnitudes with NaN on top: a maximum of floats loses
+    NaNs on XLA:CPU.
     """
-    magnitude = 0x7FFFFFFF
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    while (length := bits.shape[-1]) > 32 and length % 2 == 0:
-        # Halved by hand down to what XLA:CPU reduces in one pass: it splits a long reduction, and writes
+    pieces = [x.astype(jnp.float32)]
+    while (length := pieces[0].shape[-1]) > 32 and length % 2 == 0 and len(pieces) < 64:
+        # Cut down to what XLA:CPU reduces in one pass: it would split a long reduction, and write
         # an array of the size of x to memory first.
-        low, high = bits[..., : length // 2], bits[..., length // 2 :]
-        bits = jnp.maximum(low & magnitude, high & magnitude)
-    largest = jnp.max(bits & magnitude, axis=-1)
+        pieces = [half for piece in pieces for half in jnp.split(piece, 2, axis=-1)]
+    magnitudes = [jax.lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in pieces]
+    largest = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=-1)
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
@@ -50,8 +51,8 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
 def divided_by(x: jax.Array, constant: float) -> jax.Array:
     """x / constant, correctly rounded.
 
-    XLA replaces a division by a constant with a product of the rounded reciprocal, sometimes, and not
-    even a barrier stops it; so the divisor is made to look as if it depended on x.
+    XLA replaces a division by a constant with a product of the rounded reciprocal, sometimes, and
+    not even a barrier stops it; so the divisor is made to look as if it depended on x.
     """
     return x / jnp.where(jnp.isnan(x), 1.0, jnp.float32(constant))
 

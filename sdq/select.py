@@ -2,7 +2,7 @@
 jit-able.
 
 All take `u`, float32 `[..., G, block]`: magnitudes in half-units, |x| / 2^e, in [0, 16) for the
-block's own exponent (smaller where the exponent window lifted it). All return int32 ids `[..., G]`.
+block's own exponent (smaller where the exponent window lifted it). All return uint8 ids `[..., G]`.
 
   exhaustive   every dialect, errors out of a table of 2048 bins   best
   lut          every dialect, errors out of a table of 64 bins     -0.05 dB, tables 1/32 as large
@@ -51,14 +51,15 @@ def two_stage(u: jax.Array, book: Book, importance: jax.Array | None = None) -> 
     """The top nearest to the block maximum, then the best of that top's shapes."""
     top = nearest_top(largest_magnitude(u), book)
     if book.shapes == 1:
-        return top * SHAPES_PER_TOP
+        return (top * SHAPES_PER_TOP).astype(jnp.uint8)
     if importance is None:
         errors = _packed_shape_errors(u, top, book)
     else:
         table = jnp.asarray(formatbook.coarse_shape_errors(book), jnp.float32)
         each = table[top[..., None], bins(u)]  # [..., G, block, shapes]
         errors = jnp.sum(each * jnp.broadcast_to(importance, u.shape)[..., None], axis=-2)
-    return top * SHAPES_PER_TOP + jnp.argmin(errors, axis=-1).astype(jnp.int32)
+    shape = jnp.argmin(errors, axis=-1).astype(jnp.int32)
+    return (top * SHAPES_PER_TOP + shape).astype(jnp.uint8)
 
 
 def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
@@ -82,7 +83,8 @@ def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) 
         truncated[..., None, :] < high[..., None]
     )
     counts = jnp.sum(inside, axis=-1, dtype=jnp.int32)
-    return top * SHAPES_PER_TOP + jnp.where(counts[..., 1] > counts[..., 0], 1, 0)
+    member = (counts[..., 1] > counts[..., 0]).astype(jnp.int32)
+    return (top * SHAPES_PER_TOP + member).astype(jnp.uint8)
 
 
 RULES = {rule.__name__: rule for rule in (exhaustive, lut, two_stage, blockdialect)}
@@ -107,8 +109,8 @@ def _smallest(u, book, count, importance):
     book.
     """
     if len(book.ids) == 1:
-        return jnp.full(u.shape[:-1], book.ids[0], jnp.int32)
-    ids = jnp.asarray(book.ids, jnp.int32).reshape(-1, 2)
+        return jnp.full(u.shape[:-1], book.ids[0], jnp.uint8)
+    ids = jnp.asarray(book.ids, jnp.uint8).reshape(-1, 2)
     errors = formatbook.error_table(book, count)[list(book.ids)].reshape(-1, 2, count)
     bin_ = bins(u, count).astype(jnp.uint16)
 
@@ -138,7 +140,7 @@ def _smallest(u, book, count, importance):
 
     worst = jnp.inf if importance is not None else np.iinfo(np.int32).max
     dtype = jnp.float32 if importance is not None else jnp.int32
-    nobody = jnp.full(u.shape[:-1], worst, dtype), jnp.zeros(u.shape[:-1], jnp.int32)
+    nobody = jnp.full(u.shape[:-1], worst, dtype), jnp.zeros(u.shape[:-1], jnp.uint8)
     return jax.lax.fori_loop(0, len(ids), challenge, nobody)[1]
 
 

@@ -43,7 +43,7 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     u = jnp.where(bad[..., None], 0.0, u)
     dialect = select.RULES[rule](u, book, importance)
     index = jnp.asarray(formatbook.index_table(book)).reshape(-1)[
-        dialect[..., None] * formatbook.BINS + select.bins(u)
+        dialect[..., None].astype(jnp.int32) * formatbook.BINS + select.bins(u)
     ]
     sign = jnp.signbit(x).astype(jnp.uint8) << 3
     return Encoded(

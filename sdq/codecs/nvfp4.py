@@ -6,8 +6,8 @@ members.
 
   matrix scale  amax of the matrix / (448 * 6), float32; 1 in the one-level form
   block scale   E4M3(amax of the block / 6 / matrix scale), saturating at 448
-  code          E2M1(x * ((1 / matrix scale) / block scale)), in float32 and in that order, as torchao
-                and the kernels that it follows compute it
+  code          E2M1(x * ((1 / matrix scale) / block scale)), in float32 and in that order, as
+                torchao and the kernels that it follows compute it
 Block scales are stored as E4M3 bits; NaN (0x7F) marks every block of a bad row.
 """
 

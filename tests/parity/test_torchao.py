@@ -51,7 +51,7 @@ def test_nvfp4(name, data):
     scale, codes = nvfp4_tensor.nvfp4_quantize(x, 16, unit)
     theirs = scale.view(torch.uint8).numpy().reshape(q.scales.shape)
     ours = np.asarray(q.scales)
-    # torchao lifts scales below the smallest normal number; we keep E4M3's subnormals, which lose less.
+    # torchao lifts scales below the smallest normal number; we keep E4M3's subnormals.
     lifted = ours < 8
     np.testing.assert_array_equal(theirs[~lifted], ours[~lifted])
     assert (scale.float().numpy().reshape(ours.shape)[lifted] == SMALLEST_NORMAL_E4M3).all()
