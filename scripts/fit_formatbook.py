@@ -1,7 +1,6 @@
 """Fit the book `sdq32`: 8 tops x 4 shapes, chosen out of all dialects that are possible.
 
-    python -m scripts.fit_formatbook            # prints the table, says whether it equals the
-    frozen one
+    python -m scripts.fit_formatbook    # prints the table and compares it with the frozen one
 
 One book serves blocks of 16 and 32. What is minimised, summed over blocks of every kind of data in
 `sdq.distributions`: the error of the exhaustive choice over the whole book, plus twice the error of

@@ -2,11 +2,11 @@
 
 import importlib.metadata
 
-from sdq.checkpoint import CheckpointError as CheckpointError
 from sdq.checkpoint import load as load
 from sdq.checkpoint import save as save
 from sdq.formats import Format as Format
 from sdq.formats import parse as format
+from sdq.manifest import CheckpointError as CheckpointError
 from sdq.metrics import sqnr_db as sqnr_db
 from sdq.qtensor import QTensor as QTensor
 from sdq.qtensor import shardings as shardings

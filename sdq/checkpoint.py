@@ -1,5 +1,4 @@
-"""save and load: a quantised parameter tree on disk, through Orbax, with a manifest that proves it
-whole.
+"""save and load: a parameter tree on disk, through Orbax, with a manifest that proves it whole.
 
     PATH/manifest.json     what every leaf is, and size and SHA-256 of every file
     PATH/data-<n>/         the arrays, one Orbax (zarr3) folder each, so that a damaged file names
@@ -12,7 +11,6 @@ next save.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -27,44 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdq import formats, qtensor, rules
+from sdq.manifest import (
+    MANIFEST,
+    REMEDY,
+    CheckpointError,
+    LeafEntry,
+    Manifest,
+    files_in,
+    fingerprint,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from sdq.qtensor import QTensor
 from sdq.tree import LeafReport
-
-VERSION = 1
-MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read. The message names the file, the leaf and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LeafEntry:
-    """One leaf of a checkpoint, as its manifest describes it.
-
-    `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array
-    folders.
-    """
-
-    path: str
-    format: str | None
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int | None
-    nbytes: int
-    sqnr_db: float | None
-    arrays: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a checkpoint holds. `files` maps file names to (bytes, SHA-256)."""
-
-    data: str
-    leaves: tuple[LeafEntry, ...]
-    files: dict[str, tuple[int, str]]
-    written_by: dict[str, str]
-    metadata: dict[str, Any]
 
 
 def save(
@@ -84,6 +58,10 @@ def save(
     """
     root = pathlib.Path(path).absolute()
     _check_ours(root)
+    try:
+        json.dumps(metadata)
+    except TypeError as error:
+        raise ValueError(f"save: metadata: {error}") from None
     leaves = rules.flatten(params)
     entries, arrays = _entries(leaves, {r.path: r.sqnr_db for r in reports})
     data = root / f"data-{_same_everywhere(_next_number(root))}"
@@ -93,14 +71,14 @@ def save(
         manifest = Manifest(
             data=data.name,
             leaves=tuple(entries),
-            files={name: _fingerprint(data / name) for name in _files(data)},
+            files={name: fingerprint(data / name) for name in files_in(data)},
             written_by={
                 name: importlib.metadata.version(name)
                 for name in ("sdq", "jax", "orbax-checkpoint")
             },
             metadata=metadata or {},
         )
-        _write_manifest(root, manifest)
+        write_manifest(root, manifest)
         for old in root.glob("data-*"):
             if old != data:
                 shutil.rmtree(old)
@@ -124,7 +102,7 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
     manifest = read_manifest(root)
     stored = {entry.path: _abstract_leaf(root, entry) for entry in manifest.leaves}
     if verify:
-        _verify(root, manifest)
+        verify_files(root, manifest)
     wanted = stored if like is None else rules.flatten(like)
     _check_like(wanted, stored)
     arrays = _read_arrays(root, manifest, wanted)
@@ -141,40 +119,6 @@ def abstract(path: str | os.PathLike) -> Any:
     root = pathlib.Path(path).absolute()
     entries = read_manifest(root).leaves
     return _nested({entry.path: _abstract_leaf(root, entry) for entry in entries})
-
-
-def read_manifest(path: str | os.PathLike) -> Manifest:
-    """The manifest of a checkpoint, checked for version and damage. Reads no arrays."""
-    file = pathlib.Path(path).absolute() / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file}: no such file, so {file.parent} is no sdq checkpoint; "
-            "give the folder that `sdq.save` wrote"
-        )
-    try:
-        document = json.loads(file.read_text())
-        version, body = document["version"], document["body"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}); {_REMEDY}") from None
-    if version != VERSION:
-        raise CheckpointError(
-            f"{file}: checkpoint version {version}, this sdq reads version {VERSION}; "
-            "install a newer sdq, or save the checkpoint again with this one"
-        )
-    if document.get("sha256") != _digest(body):
-        raise CheckpointError(f"{file}: damaged (its checksum differs); {_REMEDY}")
-    return Manifest(
-        data=body["data"],
-        leaves=tuple(
-            LeafEntry(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in body["leaves"]
-        ),
-        files={name: tuple(facts) for name, facts in body["files"].items()},
-        written_by=body["written_by"],
-        metadata=body["metadata"],
-    )
-
-
-_REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
 
 
 def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
@@ -299,7 +243,7 @@ def _read_arrays(
             # Whatever tensorstore or Orbax made of damaged files that nobody verified.
             raise CheckpointError(
                 f"{root / manifest.data}: cannot be read ({error}); "
-                f"load with verify=True to learn which file; {_REMEDY}"
+                f"load with verify=True to learn which file; {REMEDY}"
             ) from error
     return arrays
 
@@ -321,53 +265,6 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
     finally:
         absl.setLevel(level)
         checkpointer.close()
-
-
-def _verify(root: pathlib.Path, manifest: Manifest) -> None:
-    """Every file present, of its size and with its SHA-256."""
-    leaf_of = {name: entry.path for entry in manifest.leaves for name in entry.arrays.values()}
-    for name, (nbytes, digest) in manifest.files.items():
-        file = root / manifest.data / name
-        leaf = leaf_of.get(name.split("/")[0])
-        where = f"{file}" + (f" (leaf {leaf!r})" if leaf else "")
-        if not file.is_file():
-            raise CheckpointError(f"{where}: missing; {_REMEDY}")
-        if (size := file.stat().st_size) != nbytes:
-            raise CheckpointError(f"{where}: {size} bytes instead of {nbytes}; {_REMEDY}")
-        if _fingerprint(file)[1] != digest:
-            raise CheckpointError(f"{where}: contents changed (SHA-256); {_REMEDY}")
-
-
-def _write_manifest(root: pathlib.Path, manifest: Manifest) -> None:
-    body = dataclasses.asdict(manifest)
-    document = {"version": VERSION, "sha256": _digest(body), "body": body}
-    temporary = root / f"{MANIFEST}.tmp"
-    with open(temporary, "w") as file:
-        json.dump(document, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / MANIFEST)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(file: pathlib.Path) -> tuple[int, str]:
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return file.stat().st_size, digest
-
-
-def _files(folder: pathlib.Path) -> list[str]:
-    return sorted(
-        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
-    )
 
 
 def _check_ours(root: pathlib.Path) -> None:

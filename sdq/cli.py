@@ -13,8 +13,8 @@ import rich.console
 import rich.table
 
 import sdq
-from sdq import checkpoint, format_table, formats
-from sdq.checkpoint import Manifest
+from sdq import format_table, formats
+from sdq.manifest import LeafEntry, Manifest, read_manifest, to_json_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +79,14 @@ def _formats(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    manifest = checkpoint.read_manifest(args.path)
+    manifest = read_manifest(args.path)
     if args.json:
         leaves = [
-            {**dataclasses.asdict(leaf), "bits_per_element": _bits(leaf)}
+            {
+                **dataclasses.asdict(leaf),
+                "sqnr_db": to_json_number(leaf.sqnr_db),
+                "bits_per_element": _bits(leaf),
+            }
             for leaf in manifest.leaves
         ]
         document = {
@@ -123,7 +127,7 @@ def _leaf_table(manifest: Manifest) -> rich.table.Table:
     return table
 
 
-def _bits(leaf: checkpoint.LeafEntry) -> float | None:
+def _bits(leaf: LeafEntry) -> float | None:
     elements = math.prod(leaf.shape)
     return 8 * leaf.nbytes / elements if elements else None
 

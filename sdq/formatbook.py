@@ -27,9 +27,8 @@ COARSE_LIMIT = 31  # |coarse shape error|, so that 16 of them sum into 10 signed
 class Book:
     """A named set of dialects.
 
-    Invariants: every dialect ascends from 0 through 8 magnitudes to its top, all tops have equally
-      many
-    shapes, and shapes of a top are numbered from 0.
+    Invariants: every dialect ascends through 8 magnitudes from 0 to its top; all tops have equally
+    many shapes, and the shapes of a top are numbered from 0.
     """
 
     name: str
@@ -148,8 +147,7 @@ def index_table(book: Book) -> np.ndarray:
 
 @functools.cache
 def error_table(book: Book, bins: int = BINS) -> np.ndarray:
-    """int32 `[32 ids, bins]`: squared error at the bin's centre, in 1/64 of a squared half-unit,
-    rounded.
+    """int32 `[32 ids, bins]`: squared error at the bin's centre, in 1/64 of a squared half-unit.
 
     A table of integers: sums are exact, so a choice never depends on the order of a sum or on the
     backend. Entries stay below 4096, so that 16 of them sum inside 16 bits.
@@ -163,8 +161,7 @@ def error_table(book: Book, bins: int = BINS) -> np.ndarray:
 
 @functools.cache
 def coarse_shape_errors(book: Book) -> np.ndarray:
-    """int32 `[8 tops, 64 bins, shapes]`: error beyond that of shape 0, in 1/4 of a squared
-    half-unit.
+    """int32 `[8 tops, 64 bins, shapes]`: error beyond shape 0's, in 1/4 of a squared half-unit.
 
     Clipped to +-31, so that 16 elements sum inside 10 bits and the three differences of four shapes
     share one 32-bit word: a kernel reads and adds once an element. Tops that the book lacks hold

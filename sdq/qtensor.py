@@ -33,10 +33,10 @@ class QTensor:
       1. codes   uint8 `[*lead, ceil(G b / 2)]`, two 4-bit codes a byte, low nibble first;
                  int8 `[*lead, G b]` for int8
       2. scales  `[*lead, G]`: uint8 bytes (dialect metadata, E8M0 or E4M3 bits) or bfloat16
-         (integers, nf4)
-      3. outer   row exponents int8 `[*lead, 1]` (dialects), matrix scales float32 `[*lead[:-1], 1,
-         1]`
-                 (nvfp4; `[1]` for a vector), or None: all arrays have the rank of the logical array
+                 (integers, nf4)
+      3. outer   row exponents int8 `[*lead, 1]` (dialects), matrix scales float32
+                 `[*lead[:-1], 1, 1]` (nvfp4; `[1]` for a vector), or None;
+                 all arrays have the rank of the logical array
       4. padding elements K..G b encode zero
       5. axis is negative, so that vmap and scan over leading axes leave it valid
       6. a row that held NaN or Inf dequantises to NaN throughout

@@ -37,7 +37,7 @@ def quantize(
       axis: the contraction axis of the product that x is for. Padded to whole blocks inside.
       select: how blocks choose their dialect: "exhaustive" (default), "lut", "two_stage",
         "blockdialect". Only for formats with a choice.
-      importance: weights >= 0 of the elements' squared errors in that choice: `[K]`, or
+      importance: finite weights >= 0 of the elements' squared errors in that choice: `[K]`, or
         broadcastable to x.
     Returns:
       A QTensor with `.shape == x.shape`.
@@ -58,10 +58,10 @@ def quantize(
 
 
 def dequantize(q: QTensor, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """The array that a QTensor stands for, `q.shape`, in `dtype` (default: the dtype that was
-    quantised).
+    """The array that a QTensor stands for, of `q.shape`.
 
-    Computed in float32; values beyond the dtype's range saturate, NaN stays NaN.
+    Computed in float32 and cast to `dtype` (default: the dtype that was quantised); values beyond
+    the dtype's range saturate, NaN stays NaN.
     """
     return _dequantize(_checked_qtensor(q), np.dtype(dtype or q.dtype))
 
@@ -177,6 +177,9 @@ def _checked_importance(importance, x, axis: int, fmt: Format) -> jax.Array:
     if not fmt.has_choice:
         raise ValueError(f"importance: {fmt} has no choice that importance could weigh")
     importance = jnp.asarray(importance, jnp.float32)
+    known = not isinstance(importance, jax.core.Tracer)
+    if known and not bool(jnp.all((importance >= 0) & jnp.isfinite(importance))):
+        raise ValueError("importance: expected finite weights >= 0")
     if importance.shape == (x.shape[axis],):
         shape = [1] * x.ndim
         shape[axis] = x.shape[axis]

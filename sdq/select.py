@@ -1,15 +1,13 @@
-"""How a block chooses its dialect: three ways, and BlockDialect's own rule. Pure functions,
-jit-able.
+"""How a block chooses its dialect: three ways and BlockDialect's own, as pure functions.
 
 All take `u`, float32 `[..., G, block]`: magnitudes in half-units, |x| / 2^e, in [0, 16) for the
 block's own exponent (smaller where the exponent window lifted it). All return uint8 ids `[..., G]`.
 
-  exhaustive   every dialect, errors out of a table of 2048 bins   best
-  lut          every dialect, errors out of a table of 64 bins     -0.05 dB, tables 1/32 as large
-  two_stage    the block maximum gives the top, one packed table
-               read serves its four shapes                         -0.1 to -0.23 dB, 1/16 of the
-               reads
-  blockdialect BlockDialect's rule, for books with two shapes      the published baseline
+  exhaustive    every dialect, errors out of tables of 2048 bins
+  lut           every dialect, errors out of tables of 64 bins; loses 0.05 dB
+  two_stage     the block maximum gives the top, then one table read an element serves its four
+                shapes: 1/16 of the reads; loses 0.1 to 0.23 dB
+  blockdialect  the published baseline, for books with two shapes a top
 
 Errors are sums of integers, hence exact: the same choice on every backend, in any order of
 summation, with any sharding. With `importance` (float32, broadcastable to u, >= 0) each element's
@@ -63,9 +61,9 @@ def two_stage(u: jax.Array, book: Book, importance: jax.Array | None = None) -> 
 
 
 def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
-    """BlockDialect's two stages: the truncated maximum picks a pair, a count of elements picks its
-    member.
+    """BlockDialect's two stages: the maximum picks a pair, a count of elements its member.
 
+    The maximum is truncated; the member with more elements in its beneficial range wins.
     A member's beneficial range lies between the midpoints from the value that only it has to the
     neighbours in the union of both. Magnitudes are truncated to half a half-unit first (its 5-bit
     fixed point). Ours: a tie of the counts goes to the first member.

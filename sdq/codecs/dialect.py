@@ -1,13 +1,11 @@
-"""Dialect formats (sdq32, dialectfp4, e2m1): 4-bit codes, a metadata byte a block, an exponent a
-row.
+"""Dialect formats (sdq32, dialectfp4, e2m1): 4-bit codes, a byte a block, an exponent a row.
 
-A value is `sign * magnitudes[dialect][index] * 2^e` with `e = row exponent - exponent below the
-row's`. A code is `[sign : 1 | index : 3]`.
+A value is `sign * magnitudes[dialect][index] * 2^e`, e the row exponent less what the block's byte
+says. A code is `[sign : 1 | index : 3]`.
 
   block exponent  floor(log2 amax) - 3, so that the block maximum lands in [8, 16) half-units, but
-  never
-                  more than 7 below the row's and never below -125 (every value stays a normal
-                  float32)
+                  never more than 7 below the row's and never below -125, so that every value is a
+                  normal float32
   row exponent    the largest of its blocks', int8 in [-125, 124]; -128 marks a row with NaN or Inf
 """
 

@@ -15,6 +15,7 @@ import pytest
 
 import sdq
 from sdq import Rule, checkpoint, format_table
+from sdq.manifest import digest_of, read_manifest
 from sdq.rules import is_qtensor
 
 
@@ -76,7 +77,7 @@ def test_a_lone_qtensor_and_lists(tmp_path):
 
 
 def test_manifest_says_what_is_stored(params, saved):
-    manifest = checkpoint.read_manifest(saved)
+    manifest = read_manifest(saved)
     q, reports = params
     leaf = {entry.path: entry for entry in manifest.leaves}["blocks/kernel"]
     assert (leaf.format, leaf.shape, leaf.axis) == ("sdq32:16", (2, 64, 32), -2)
@@ -87,6 +88,25 @@ def test_manifest_says_what_is_stored(params, saved):
     on_disk = {p.relative_to(saved / manifest.data).as_posix(): p.stat().st_size
                for p in (saved / manifest.data).rglob("*") if p.is_file()}  # fmt: skip
     assert {name: facts[0] for name, facts in manifest.files.items()} == on_disk
+
+
+def test_errors_that_json_has_no_number_for(tmp_path):
+    """An exact leaf has infinite SQNR, a leaf with a NaN has none."""
+    tree = {"exact": jnp.ones((2, 32)), "bad": jnp.full((2, 32), jnp.nan)}
+    plan = sdq.resolve([Rule(".*", "sdq32:16")], tree)
+    reports = []
+    sdq.save(
+        tmp_path / "m", sdq.quantize_params(tree, plan, on_leaf=reports.append), reports=reports
+    )
+    bad, exact = read_manifest(tmp_path / "m").leaves
+    assert exact.sqnr_db == np.inf and np.isnan(bad.sqnr_db)
+    json.loads((tmp_path / "m" / "manifest.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_metadata_must_be_json(tmp_path):
+    with pytest.raises(ValueError, match=r"save: metadata: .*not JSON serializable"):
+        sdq.save(tmp_path / "m", {"w": jnp.ones(2)}, metadata={"x": jnp.ones(2)})
+    assert not (tmp_path / "m").exists()
 
 
 def test_load_onto_shardings(params, saved):
@@ -142,7 +162,7 @@ CODES = "blocks.kernel.codes/c/0/0/0"
 
 
 def data_file(saved, name=CODES):
-    return saved / checkpoint.read_manifest(saved).data / name
+    return saved / read_manifest(saved).data / name
 
 
 def flip(file, at=None):
@@ -171,7 +191,7 @@ def test_damage_names_file_leaf_and_remedy(damage, saved):
 
 
 def test_a_flip_in_any_file_is_found(saved):
-    manifest = checkpoint.read_manifest(saved)
+    manifest = read_manifest(saved)
     for name in manifest.files:
         flip(data_file(saved, name))
         with pytest.raises(sdq.CheckpointError, match="contents changed"):
@@ -207,7 +227,7 @@ def rewrite_manifest(saved, change):
     """Change a manifest as another version would have written it, checksum included."""
     document = json.loads((saved / "manifest.json").read_text())
     change(document)
-    document["sha256"] = checkpoint._digest(document["body"])
+    document["sha256"] = digest_of(document["body"])
     (saved / "manifest.json").write_text(json.dumps(document))
 
 
@@ -284,7 +304,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
     assert len(list(path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("step", ["_write_arrays", "_write_manifest", "replace"])
+@pytest.mark.parametrize("step", ["_write_arrays", "write_manifest", "replace"])
 def test_a_failure_at_any_step_leaves_the_old_checkpoint(step, saved, params, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

@@ -178,6 +178,8 @@ def test_importance_helps_the_important(rng):
         (dict(select="blockdialect"), "select: 'blockdialect' is for dialectfp4"),
         (dict(importance=jnp.ones(31)), r"importance: expected \[32\] or broadcastable"),
         (dict(fmt="int4:32", importance=jnp.ones(32)), "importance: int4:32 has no choice"),
+        (dict(importance=-jnp.ones(32)), "importance: expected finite weights >= 0"),
+        (dict(importance=jnp.full(32, jnp.nan)), "importance: expected finite weights >= 0"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -1,0 +1,148 @@
+"""The manifest of a checkpoint: what every leaf is, and size and SHA-256 of every file.
+
+Written atomically, carries its own checksum. What is wrong with a checkpoint is said here, with the
+file, the leaf and the remedy.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+VERSION = 1
+MANIFEST = "manifest.json"
+REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read. The message names the file, the leaf and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LeafEntry:
+    """One leaf of a checkpoint, as its manifest describes it.
+
+    `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array
+    folders.
+    """
+
+    path: str
+    format: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int | None
+    nbytes: int
+    sqnr_db: float | None
+    arrays: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds. `files` maps file names to (bytes, SHA-256)."""
+
+    data: str
+    leaves: tuple[LeafEntry, ...]
+    files: dict[str, tuple[int, str]]
+    written_by: dict[str, str]
+    metadata: dict[str, Any]
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest:
+    """The manifest of a checkpoint, checked for version and damage. Reads no arrays."""
+    file = pathlib.Path(path).absolute() / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: no such file, so {file.parent} is no sdq checkpoint; "
+            "give the folder that `sdq.save` wrote"
+        )
+    try:
+        document = json.loads(file.read_text())
+        version, body = document["version"], document["body"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error!r}); {REMEDY}") from None
+    if version != VERSION:
+        raise CheckpointError(
+            f"{file}: checkpoint version {version}, this sdq reads version {VERSION}; "
+            "install a newer sdq, or save the checkpoint again with this one"
+        )
+    if document.get("sha256") != digest_of(body):
+        raise CheckpointError(f"{file}: damaged (its checksum differs); {REMEDY}")
+    return Manifest(
+        data=body["data"],
+        leaves=tuple(_leaf_entry(leaf) for leaf in body["leaves"]),
+        files={name: tuple(facts) for name, facts in body["files"].items()},
+        written_by=body["written_by"],
+        metadata=body["metadata"],
+    )
+
+
+def _leaf_entry(leaf: dict[str, Any]) -> LeafEntry:
+    sqnr_db = leaf["sqnr_db"]
+    return LeafEntry(
+        **{
+            **leaf,
+            "shape": tuple(leaf["shape"]),
+            "sqnr_db": None if sqnr_db is None else float(sqnr_db),
+        }
+    )
+
+
+def verify_files(root: pathlib.Path, manifest: Manifest) -> None:
+    """Every file present, of its size and with its SHA-256."""
+    leaf_of = {name: entry.path for entry in manifest.leaves for name in entry.arrays.values()}
+    for name, (nbytes, digest) in manifest.files.items():
+        file = root / manifest.data / name
+        leaf = leaf_of.get(name.split("/")[0])
+        where = f"{file}" + (f" (leaf {leaf!r})" if leaf else "")
+        if not file.is_file():
+            raise CheckpointError(f"{where}: missing; {REMEDY}")
+        if (size := file.stat().st_size) != nbytes:
+            raise CheckpointError(f"{where}: {size} bytes instead of {nbytes}; {REMEDY}")
+        if fingerprint(file)[1] != digest:
+            raise CheckpointError(f"{where}: contents changed (SHA-256); {REMEDY}")
+
+
+def write_manifest(root: pathlib.Path, manifest: Manifest) -> None:
+    """Replace the manifest in one rename: a reader sees the old one or the new one."""
+    body = dataclasses.asdict(manifest)
+    for leaf in body["leaves"]:
+        leaf["sqnr_db"] = to_json_number(leaf["sqnr_db"])
+    document = {"version": VERSION, "sha256": digest_of(body), "body": body}
+    temporary = root / f"{MANIFEST}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(document, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / MANIFEST)
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def to_json_number(value: float | None) -> float | str | None:
+    """JSON has no Infinity and no NaN: those become strings, which `float` reads back."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def digest_of(body: dict) -> str:
+    """SHA-256 of a JSON document, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(file: pathlib.Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, digest
+
+
+def files_in(folder: pathlib.Path) -> list[str]:
+    """The files below a folder, relative to it, sorted."""
+    return sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
