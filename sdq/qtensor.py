@@ -155,13 +155,21 @@ def validate(q: QTensor) -> None:
             )
     if isinstance(q.codes, jax.ShapeDtypeStruct | jax.core.Tracer):
         return
+    if found := [words for words, holds in _problems(q).items() if holds]:
+        raise ValueError(f"{q!r}: {'; '.join(found)}")
+
+
+@jax.jit
+def _problems(q: QTensor) -> dict[str, jax.Array]:
+    """Which impossible contents the arrays hold, by description."""
     encoded = unpack(q)
-    if problems := codec(q.format).problems(encoded, q.format):
-        raise ValueError(f"{q!r}: {'; '.join(problems)}")
-    values = codec(q.format).decode(encoded, q.format)
-    padding = joined(values)[..., q.length :]
-    if bool(jnp.any((padding != 0) & ~jnp.isnan(padding))):
-        raise ValueError(f"{q!r}: padding beyond element {q.length} does not encode zero")
+    padding = joined(codec(q.format).decode(encoded, q.format))[..., q.length :]
+    return {
+        **codec(q.format).problems(encoded, q.format),
+        f"padding beyond element {q.length} does not encode zero": jnp.any(
+            (padding != 0) & ~jnp.isnan(padding)
+        ),
+    }
 
 
 def expected_parts(

@@ -10,12 +10,16 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("sdq", deadline=None, derandomize=True, max_examples=40)
-hypothesis.settings.load_profile("sdq")
+hypothesis.settings.register_profile("sdq", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("thorough" if config.getoption("--slow") else "sdq")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,7 +3,7 @@
 Every codec module offers
   encode(x, fmt, rule, importance) -> Encoded    x float32 [..., G, block]; rule and importance
   matter to dialects decode(encoded, fmt) -> float32 [..., G, block]
-  problems(encoded, fmt) -> list[str]            what concrete arrays must never hold, in words
+  problems(encoded, fmt) -> {words: bool scalar}  what the format can never produce
 """
 
 from types import ModuleType

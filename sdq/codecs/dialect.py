@@ -75,19 +75,19 @@ def decode_fp8(encoded: Encoded, fmt: Format) -> tuple[jax.Array, jax.Array]:
     return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), row
 
 
-def problems(encoded: Encoded, fmt: Format) -> list[str]:
-    """What is impossible in concrete arrays, in words; empty where all is well."""
-    found = []
+def problems(encoded: Encoded, fmt: Format) -> dict[str, jax.Array]:
+    """What this format can never produce: whether the arrays hold it, by its description."""
     below, dialect = packing.unpack_metadata(encoded.scales)
-    used = formatbook.BOOKS[fmt.book or ""].ids
-    if unknown := set(jnp.unique(dialect).tolist()) - set(used):
-        found.append(f"dialect ids {sorted(unknown)} are not in book {fmt.book!r}")
+    used = jnp.asarray(formatbook.BOOKS[fmt.book or ""].ids, jnp.int32)
     row = _row_exponents(encoded).astype(jnp.int32)
-    if bool(jnp.any((row != BAD_ROW) & (row < LOWEST_EXPONENT))):
-        found.append(f"a row exponent lies below {LOWEST_EXPONENT}")
-    if bool(jnp.any((row != BAD_ROW) & (row - below < LOWEST_EXPONENT))):
-        found.append(f"a block exponent lies below {LOWEST_EXPONENT}")
-    return found
+    good = row != BAD_ROW
+    return {
+        f"a dialect id is not in book {fmt.book!r}": jnp.any(~jnp.isin(dialect, used)),
+        f"a row exponent lies below {LOWEST_EXPONENT}": jnp.any(good & (row < LOWEST_EXPONENT)),
+        f"a block exponent lies below {LOWEST_EXPONENT}": jnp.any(
+            good & (row - below < LOWEST_EXPONENT)
+        ),
+    }
 
 
 def _row_exponents(encoded: Encoded) -> jax.Array:

@@ -48,12 +48,11 @@ def _largest(fmt: Format) -> int:
     return 2 ** (fmt.element_bits - 1) - 1
 
 
-def problems(encoded: Encoded, fmt: Format) -> list[str]:
-    """Impossible contents of concrete arrays, in words."""
-    found = []
+def problems(encoded: Encoded, fmt: Format) -> dict[str, jax.Array]:
+    """What this format can never produce: whether the arrays hold it, by its description."""
     lowest = 8 if fmt.element_bits == 4 else -128
-    if bool(jnp.any(encoded.codes == lowest)):
-        found.append(f"a code is {-_largest(fmt) - 1}, below the symmetric range")
-    if bool(jnp.any(encoded.scales < 0)):
-        found.append("a scale is negative")
-    return found
+    below = f"a code is {-_largest(fmt) - 1}, below the symmetric range"
+    return {
+        below: jnp.any(encoded.codes == lowest),
+        "a scale is negative": jnp.any(encoded.scales < 0),
+    }

@@ -51,6 +51,6 @@ def _scale_exponent(amax: jax.Array, scale_rule: str | None) -> jax.Array:
     return jnp.clip(exponent, -127, 127)
 
 
-def problems(encoded: Encoded, fmt: Format) -> list[str]:
-    """Impossible contents of concrete arrays, in words."""
-    return []  # every byte is an E8M0 value and every nibble an E2M1 value
+def problems(encoded: Encoded, fmt: Format) -> dict[str, jax.Array]:
+    """What this format can never produce: whether the arrays hold it, by its description."""
+    return {}  # every byte is an E8M0 value and every nibble an E2M1 value

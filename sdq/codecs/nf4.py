@@ -59,6 +59,6 @@ def decode(encoded: Encoded, fmt: Format) -> jax.Array:
     return level * encoded.scales.astype(jnp.float32)[..., None]
 
 
-def problems(encoded: Encoded, fmt: Format) -> list[str]:
-    """Impossible contents of concrete arrays, in words."""
-    return ["a scale is negative"] if bool(jnp.any(encoded.scales < 0)) else []
+def problems(encoded: Encoded, fmt: Format) -> dict[str, jax.Array]:
+    """What this format can never produce: whether the arrays hold it, by its description."""
+    return {"a scale is negative": jnp.any(encoded.scales < 0)}

@@ -62,13 +62,10 @@ def _matrix_scale(amax: jax.Array) -> jax.Array:
     return jnp.where(largest == 0, 1.0, scale)
 
 
-def problems(encoded: Encoded, fmt: Format) -> list[str]:
-    """Impossible contents of concrete arrays, in words."""
-    found = []
-    if bool(jnp.any(encoded.scales > 0x7F)):
-        found.append("a block scale is negative")
-    if encoded.outer is not None and not bool(
-        jnp.all((encoded.outer > 0) & jnp.isfinite(encoded.outer))
-    ):
-        found.append("a matrix scale is not a positive number")
+def problems(encoded: Encoded, fmt: Format) -> dict[str, jax.Array]:
+    """What this format can never produce: whether the arrays hold it, by its description."""
+    found = {"a block scale is negative": jnp.any(encoded.scales > 0x7F)}
+    if encoded.outer is not None:
+        positive = (encoded.outer > 0) & jnp.isfinite(encoded.outer)
+        found["a matrix scale is not a positive number"] = jnp.any(~positive)
     return found

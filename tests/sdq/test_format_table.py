@@ -1,12 +1,12 @@
-"""What the project claims of its formats, measured through the command that users run."""
+"""What the project claims of its formats, measured on the seeded data."""
 
-import contextlib
-import io
 import json
+import pathlib
+import re
 
 import pytest
 
-from sdq import cli, distributions
+from sdq import cli, distributions, format_table
 
 # SQNR in dB (exhaustive) that the format was designed to reach.
 DESIGNED = {
@@ -18,11 +18,14 @@ DESIGNED = {
 
 
 @pytest.fixture(scope="module")
-def rows():
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert cli.main(["formats", "--json"]) == 0
-    return {(row["format"], row["select"]): row for row in json.loads(printed.getvalue())["rows"]}
+def measured():
+    return format_table.measure()
+
+
+@pytest.fixture(scope="module")
+def rows(measured):
+    document = json.loads(format_table.to_json(measured, seed=0))
+    return {(row["format"], row["select"]): row for row in document["rows"]}
 
 
 @pytest.mark.parametrize("name", DESIGNED)
@@ -66,6 +69,25 @@ def test_two_stage_alone_beats_nvfp4(rows):
     """The choice that activations make online is still above a fixed format at equal bits."""
     ours, theirs = rows["sdq32:16", "two_stage"]["sqnr_db"], rows["nvfp4", None]["sqnr_db"]
     assert all(ours[kind] > theirs[kind] + 0.5 for kind in ours)
+
+
+def test_readme_table_is_what_the_command_prints(measured):
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    marked = re.search(r"<!-- sdq formats --markdown -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)[
+        1
+    ]
+    printed = format_table.to_markdown(measured)
+    number = r"(?<=\| )\d+\.\d\d(?= \|)"
+    assert re.sub(number, "N", marked) == re.sub(number, "N", printed)
+    # The last digit may round differently with another libm.
+    pairs = zip(re.findall(number, marked), re.findall(number, printed), strict=True)
+    assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs)
+
+
+def test_json_through_the_command(capsys):
+    assert cli.main(["formats", "mxfp4", "int8", "--json", "--seed", "5"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["seed"] == 5 and [r["format"] for r in document["rows"]] == ["mxfp4", "int8"]
 
 
 def test_plot_and_chosen_names(tmp_path, capsys):

@@ -14,7 +14,8 @@ from sdq import format_table
 from sdq.quantize import INPUT_DTYPES
 
 FORMATS = [*format_table.FORMATS, "sdq32:8", "sdq32:128", "int8:64"]
-EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
+FAMILIES = ["sdq32:16", "dialectfp4:32", "nvfp4", "mxfp4:rceil", "int4:32", "int8", "nf4:64"]
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SHAPES = [(1,), (37,), (0,), (5, 64), (3, 1), (4, 0), (0, 48), (2, 3, 50), (2, 2, 2, 33)]
 
 
@@ -99,7 +100,7 @@ def test_nan_and_inf_poison_their_row_only(data, name, place, bad):
     assert np.isfinite(y.astype(np.float32)[clean]).all()
 
 
-@EVERY_FORMAT
+@EVERY_FAMILY
 def test_axis_means_the_same_as_moving_it(name, rng):
     x = jnp.asarray(rng.standard_normal((6, 50, 4)), jnp.float32)
     moved = sdq.quantize(jnp.moveaxis(x, 1, -1), name)
@@ -111,7 +112,7 @@ def test_axis_means_the_same_as_moving_it(name, rng):
         np.testing.assert_array_equal(sdq.dequantize(q), jnp.moveaxis(sdq.dequantize(moved), -1, 1))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if sdq.format(name).block])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if sdq.format(name).block])
 def test_padding_changes_nothing(name, rng):
     fmt = sdq.format(name)
     x = jnp.asarray(rng.standard_normal((4, fmt.block + 3)), jnp.float32)
@@ -121,7 +122,7 @@ def test_padding_changes_nothing(name, rng):
     assert q.length == fmt.block + 3 and q.nbytes == p.nbytes
 
 
-@EVERY_FORMAT
+@EVERY_FAMILY
 def test_bfloat16_input_means_the_same_as_its_float32(name, rng):
     x = jnp.asarray(rng.standard_normal((8, 64)), jnp.bfloat16)
     q, p = sdq.quantize(x, name), sdq.quantize(x.astype(jnp.float32), name)
@@ -133,11 +134,11 @@ def test_bfloat16_input_means_the_same_as_its_float32(name, rng):
 
 def test_dequantize_saturates_where_the_dtype_ends():
     x = jnp.full((1, 32), 65504.0, jnp.float16)  # 7 steps of a scale rounded up would overflow
-    for name in FORMATS:
+    for name in FAMILIES:
         y = sdq.dequantize(sdq.quantize(x, name))
         assert bool(jnp.isfinite(y).all()), name
     top = jnp.full((1, 64), jnp.finfo(jnp.float32).max)
-    for name in FORMATS:
+    for name in FAMILIES:
         assert bool(jnp.isfinite(sdq.dequantize(sdq.quantize(top, name))).all()), name
 
 
@@ -199,7 +200,7 @@ def test_a_plain_array_is_no_qtensor(function):
 # ---------------------------------------------------------------------------------
 
 
-@EVERY_FORMAT
+@EVERY_FAMILY
 def test_jit_vmap_and_eval_shape_agree_with_plain_calls(name, rng):
     x = jnp.asarray(rng.standard_normal((3, 8, 64)), jnp.float32)
     plain = sdq.quantize(x, name)
@@ -215,7 +216,7 @@ def test_jit_vmap_and_eval_shape_agree_with_plain_calls(name, rng):
     sdq.validate(shapes)
 
 
-@EVERY_FORMAT
+@EVERY_FAMILY
 def test_scan_over_stacked_layers(name, rng):
     """Stacked weights [L, K, N], quantised at once, are read layer by layer."""
     w = jnp.asarray(rng.standard_normal((4, 48, 8)), jnp.float32)
@@ -277,7 +278,7 @@ def test_gradient_reaches_float_scales(rng):
     np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2**-7, atol=1)
 
 
-@EVERY_FORMAT
+@EVERY_FAMILY
 def test_rows_sharded_over_devices_need_no_communication(name, rng):
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", None))
