@@ -18,11 +18,19 @@ def exponent_of(x: jax.Array) -> jax.Array:
     return ((bits >> 23) & 255) - 127
 
 
+def without_subnormals(x: jax.Array) -> jax.Array:
+    """float32 x with subnormals replaced by zeros of their sign, on every backend."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    normal = (bits & 0x7F800000) != 0
+    flushed = jnp.where(normal, bits, bits & ~0x7FFFFFFF)
+    return jax.lax.bitcast_convert_type(flushed, jnp.float32)
+
+
 def largest_magnitude(x: jax.Array) -> jax.Array:
     """max |x| over the last axis, float32; NaN where there is one, else Inf where there is one.
 
-    Compares bits, whose order is that of the magnitudes with NaN on top: a maximum of floats loses
-    NaNs on XLA:CPU.
+    Zero where all are subnormal. Compares bits, whose order is that of the magnitudes with NaN on
+    top: a maximum of floats loses NaNs on XLA:CPU.
     """
     pieces = [x.astype(jnp.float32)]
     while (length := pieces[0].shape[-1]) > 32 and length % 2 == 0 and len(pieces) < 64:
@@ -31,7 +39,8 @@ def largest_magnitude(x: jax.Array) -> jax.Array:
         pieces = [half for piece in pieces for half in jnp.split(piece, 2, axis=-1)]
     magnitudes = [jax.lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in pieces]
     largest = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=-1)
-    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+    largest = jax.lax.bitcast_convert_type(largest, jnp.float32)
+    return without_subnormals(largest)
 
 
 def power_of_two(n: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import divided_by, largest_magnitude, row_is_bad
+from sdq.numerics import divided_by, largest_magnitude, row_is_bad, without_subnormals
 
 SMALLEST_SCALE = 2.0**-126
 
@@ -28,7 +28,7 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     scale = jnp.where(amax == 0, jnp.bfloat16(0), scale)
     step = scale.astype(jnp.float32)[..., None]
     usable = step > 0
-    y = jnp.where(usable, x / jnp.where(usable, step, 1.0), 0.0)
+    y = jnp.where(usable, without_subnormals(x) / jnp.where(usable, step, 1.0), 0.0)
     y = jnp.where(bad[..., None], 0.0, y)
     q = jnp.clip(jnp.round(y), -largest, largest).astype(jnp.int8)
     if fmt.element_bits == 4:

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from sdq.codecs import e2m1
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import exponent_of, largest_magnitude, row_is_bad, times_power_of_two
+from sdq.numerics import (
+    exponent_of,
+    largest_magnitude,
+    row_is_bad,
+    times_power_of_two,
+    without_subnormals,
+)
 
 NAN_SCALE = 255
 
@@ -24,7 +30,7 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     amax = largest_magnitude(x)
     bad = row_is_bad(amax)
     exponent = _scale_exponent(amax, fmt.scale_rule)
-    y = times_power_of_two(x, -exponent[..., None])
+    y = times_power_of_two(without_subnormals(x), -exponent[..., None])
     codes = e2m1.encode(jnp.where(bad[..., None], 0.0, y))
     bits = jnp.where(bad, NAN_SCALE, exponent + 127).astype(jnp.uint8)
     return Encoded(codes=codes, scales=bits, outer=None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import largest_magnitude, row_is_bad
+from sdq.numerics import largest_magnitude, row_is_bad, without_subnormals
 
 # Table E of the QLoRA paper (arXiv 2305.14314), float32.
 LEVELS = np.array(
@@ -46,7 +46,7 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     scale = jnp.minimum(amax, LARGEST_SCALE).astype(jnp.bfloat16)
     step = scale.astype(jnp.float32)[..., None]
     usable = (step > 0) & ~bad[..., None]
-    y = jnp.where(usable, x / jnp.where(usable, step, 1.0), 0.0)
+    y = jnp.where(usable, without_subnormals(x) / jnp.where(usable, step, 1.0), 0.0)
     codes = jnp.zeros(x.shape, jnp.uint8)
     for middle in MIDPOINTS.tolist():
         codes += (y > middle).astype(jnp.uint8)

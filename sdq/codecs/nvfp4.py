@@ -13,13 +13,17 @@ Block scales are stored as E4M3 bits; NaN (0x7F) marks every block of a bad row.
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from sdq.codecs import e2m1
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
-from sdq.numerics import divided_by, largest_magnitude, row_is_bad
+from sdq.numerics import divided_by, largest_magnitude, row_is_bad, without_subnormals
 
 E4M3_MAX = 448.0
+E4M3_LARGEST_BITS = 0x7E
+E4M3_VALUES = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32
 
 
@@ -30,13 +34,12 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
     amax = jnp.where(bad, 0.0, amax)
     matrix = _matrix_scale(amax) if fmt.outer else None
     unit = 1.0 if matrix is None else matrix
-    scale = jnp.minimum(divided_by(amax, e2m1.LARGEST) / unit, E4M3_MAX)
-    scale = scale.astype(jnp.float8_e4m3fn)
-    wide = scale.astype(jnp.float32)
-    usable = (wide > 0) & ~bad
-    reciprocal = (1.0 / unit) / jnp.where(usable, wide, 1.0)
-    y = jnp.where(usable[..., None], x * reciprocal[..., None], jnp.copysign(0.0, x))
-    bits = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    bits = e4m3_bits(divided_by(amax, e2m1.LARGEST) / unit)
+    usable = (bits > 0) & ~bad
+    reciprocal = (1.0 / unit) / jnp.where(usable, e4m3_value(bits), 1.0)
+    y = jnp.where(
+        usable[..., None], without_subnormals(x) * reciprocal[..., None], jnp.copysign(0.0, x)
+    )
     return Encoded(
         codes=e2m1.encode(y),
         scales=jnp.where(bad, jnp.uint8(0x7F), bits),
@@ -46,11 +49,28 @@ def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -
 
 def decode(encoded: Encoded, fmt: Format) -> jax.Array:
     """float32 `[..., G, 16]`."""
-    scale = jax.lax.bitcast_convert_type(encoded.scales, jnp.float8_e4m3fn)
-    step = scale.astype(jnp.float32)
+    step = e4m3_value(encoded.scales)
     if encoded.outer is not None:
         step = step * encoded.outer
     return e2m1.decode(encoded.codes) * step[..., None]
+
+
+def e4m3_bits(x: jax.Array) -> jax.Array:
+    """float32 x >= 0 to the bits of the nearest E4M3 number, ties to even, saturating: uint8.
+
+    By hand: casts round twice on some backends (through bfloat16 on XLA:GPU).
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    halfway = (1 << 19) - 1 + ((bits >> 20) & 1)  # 20 of 23 mantissa bits go
+    normal = ((bits + halfway) >> 20) - ((127 - 7) << 3)
+    subnormal = jnp.round(x * 2.0**9).astype(jnp.int32)
+    code = jnp.where(x < 2.0**-6, subnormal, normal)
+    return jnp.minimum(code, E4M3_LARGEST_BITS).astype(jnp.uint8)
+
+
+def e4m3_value(bits: jax.Array) -> jax.Array:
+    """The float32 value of E4M3 bits; the sign bit must be clear."""
+    return jnp.asarray(E4M3_VALUES)[bits.astype(jnp.int32)]
 
 
 def _matrix_scale(amax: jax.Array) -> jax.Array:

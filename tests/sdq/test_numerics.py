@@ -50,3 +50,10 @@ def test_largest_magnitude_lets_nothing_bad_slip(bad, length, rng):
     assert not np.isfinite(got[1])
     np.testing.assert_array_equal(got[[0, 2]], np.abs(x[[0, 2]]).max(axis=1))
     assert numerics.row_is_bad(jnp.asarray(got)).tolist() == [True]
+
+
+def test_subnormals_become_zeros_of_their_sign():
+    x = np.array([2.0**-127, -(2.0**-149), 2.0**-126, -1.0, np.nan, np.inf, -0.0], np.float32)
+    got = np.asarray(numerics.without_subnormals(jnp.asarray(x)))
+    expected = np.where(np.abs(x) < 2.0**-126, np.copysign(0, x), x).astype(np.float32)
+    np.testing.assert_array_equal(got.view(np.int32), expected.view(np.int32))

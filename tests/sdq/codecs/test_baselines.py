@@ -9,7 +9,7 @@ import pytest
 
 import sdq
 from sdq import qtensor
-from sdq.codecs import e2m1, nf4
+from sdq.codecs import e2m1, nf4, nvfp4
 
 E2M1 = ml_dtypes.float4_e2m1fn
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -101,16 +101,17 @@ def test_nvfp4_equals_the_reference(levels, rng):
     assert (scale.view(np.uint8) < 8).any(), "no subnormal block scale was tested"
 
 
-def test_e4m3_scales_round_once(rng):
-    """A cast through another narrow float would round twice; every tie and its sides are tried."""
-    every = np.arange(0x7F, dtype=np.uint8).view(E4M3).astype(np.float64)
-    middles = ((every[1:] + every[:-1]) / 2).astype(np.float32)
-    amax = 6 * np.concatenate([np.nextafter(middles, 0), middles, np.nextafter(middles, 1e9)])
-    x = np.zeros((len(amax), 16), np.float32)
-    x[:, 0] = amax
-    _, scales, _ = stored(sdq.quantize(jnp.asarray(x), "nvfp4:one_level"))
-    expected = (x[:, :1] / np.float32(6)).astype(E4M3).view(np.uint8)
-    np.testing.assert_array_equal(scales, expected)
+def test_e4m3_rounds_once_at_every_tie():
+    """Every number, every tie and their neighbours; a cast through bfloat16 errs here."""
+    every = np.arange(0x7F, dtype=np.uint8).view(E4M3).astype(np.float32)
+    points = np.concatenate([every, (every[1:] + every[:-1]) / 2])
+    x = np.concatenate(
+        [np.nextafter(points, np.float32(0)), points, np.nextafter(points, np.float32(1e9))]
+    )
+    x = x[(x <= 448) & (np.abs(x) >= 2.0**-126)]
+    np.testing.assert_array_equal(nvfp4.e4m3_bits(jnp.asarray(x)), x.astype(E4M3).view(np.uint8))
+    np.testing.assert_array_equal(nvfp4.e4m3_value(jnp.arange(0x7F, dtype=jnp.uint8)), every)
+    assert nvfp4.e4m3_bits(jnp.array([449.0, 1e30])).tolist() == [0x7E, 0x7E]
 
 
 @pytest.mark.parametrize(
