@@ -57,13 +57,24 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
     return x * power_of_two(half) * power_of_two(n - half)
 
 
-def divided_by(x: jax.Array, constant: float) -> jax.Array:
-    """x / constant, correctly rounded.
+def divided_by(x: jax.Array, divisor: int) -> jax.Array:
+    """x / divisor for finite x >= 0, correctly rounded; divisor is 2^n times an odd number in 3..127.
 
-    XLA replaces a division by a constant with a product of the rounded reciprocal, sometimes, and
-    not even a barrier stops it; so the divisor is made to look as if it depended on x.
+    In integers, because XLA's own division is not to be trusted with the last bit: by a constant it
+    may become a product with the rounded reciprocal, and on GPUs it is approximate.
     """
-    return x / jnp.where(jnp.isnan(x), 1.0, jnp.float32(constant))
+    odd = divisor // (divisor & -divisor) if divisor > 0 else 0
+    if not 2 < odd < 128:
+        raise ValueError(f"divisor: expected 2^n times an odd number in 3..127, got {divisor}")
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mantissa = (bits & 0x7FFFFF) | 0x800000
+    numerator = mantissa << 8  # 32 bits, so that the quotient has 25 or more
+    quotient = numerator // jnp.uint32(odd)
+    inexact = (quotient * jnp.uint32(odd) != numerator).astype(jnp.uint32)
+    # The conversion to 24 bits rounds to nearest even; the last bit tells it that more follows.
+    rounded = (2 * quotient + inexact).astype(jnp.float32)
+    exponent = exponent_of(x) - 23 - 9 - ((divisor // odd).bit_length() - 1)
+    return jnp.where(x > 0, times_power_of_two(rounded, exponent), 0.0)
 
 
 def row_is_bad(amax: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-LARGEST = 6.0
+LARGEST = 6
 
 
 def encode(y: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
 from sdq.numerics import divided_by, largest_magnitude, row_is_bad, without_subnormals
 
-E4M3_MAX = 448.0
+E4M3_MAX = 448
 E4M3_LARGEST_BITS = 0x7E
 E4M3_VALUES = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32

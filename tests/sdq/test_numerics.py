@@ -34,11 +34,19 @@ def test_times_power_of_two_where_one_factor_would_not_do(x, n):
     assert float(got[0]) == float(np.ldexp(np.float64(np.float32(x)), n))
 
 
-@pytest.mark.parametrize("constant", [6.0, 7.0, 127.0, 2688.0])
-def test_divided_by_rounds_once(constant, rng):
-    x = rng.standard_normal(100_000).astype(np.float32)
-    got = jax.jit(lambda x: numerics.divided_by(x, constant))(jnp.asarray(x))
-    np.testing.assert_array_equal(got, x / np.float32(constant))
+@pytest.mark.parametrize("divisor", [6, 7, 127, 2688])
+def test_divided_by_is_correctly_rounded(divisor, rng):
+    mantissas = rng.randint(0, 1 << 23, 100_000) | (rng.randint(20, 250, 100_000) << 23)
+    x = np.concatenate([mantissas.astype(np.int32).view(np.float32), [0, 3.4e38, divisor, 1]])
+    x = x.astype(np.float32)
+    got = jax.jit(lambda x: numerics.divided_by(x, divisor))(jnp.asarray(x))
+    np.testing.assert_array_equal(got, x / np.float32(divisor))
+
+
+@pytest.mark.parametrize("divisor", [0, -6, 8, 129])
+def test_divided_by_refuses_what_it_cannot_do_exactly(divisor):
+    with pytest.raises(ValueError, match=r"divisor: expected 2\^n times an odd number"):
+        numerics.divided_by(jnp.ones(3), divisor)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
