@@ -58,7 +58,7 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
 
 
 def divided_by(x: jax.Array, divisor: int) -> jax.Array:
-    """x / divisor for finite x >= 0, correctly rounded; divisor is 2^n times an odd number in 3..127.
+    """x / divisor for finite x >= 0, correctly rounded; divisor = 2^n * (an odd number in 3..127).
 
     In integers, because XLA's own division is not to be trusted with the last bit: by a constant it
     may become a product with the rounded reciprocal, and on GPUs it is approximate.
