@@ -6,6 +6,7 @@ from sdq.checkpoint import load as load
 from sdq.checkpoint import save as save
 from sdq.formats import Format as Format
 from sdq.formats import parse as format
+from sdq.leaf_table import leaf_table as leaf_table
 from sdq.manifest import CheckpointError as CheckpointError
 from sdq.metrics import sqnr_db as sqnr_db
 from sdq.qtensor import QTensor as QTensor
@@ -34,6 +35,7 @@ __all__ = [
     "dequantize_params",
     "fake_quantize",
     "format",
+    "leaf_table",
     "load",
     "progress_bar",
     "quantize",

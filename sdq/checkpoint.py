@@ -14,6 +14,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -112,6 +113,22 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
     return jax.tree_util.tree_map_with_path(
         lambda keys, _: leaves[rules.path_of(keys)], like, is_leaf=rules.is_qtensor
     )
+
+
+def leaf_reports(manifest: Manifest) -> list[LeafReport]:
+    """What `quantize_params` reported, for every leaf of a checkpoint."""
+    return [
+        LeafReport(
+            path=entry.path,
+            format=None if entry.format is None else formats.parse(entry.format),
+            shape=entry.shape,
+            dtype=entry.dtype,
+            bytes_before=math.prod(entry.shape) * np.dtype(entry.dtype).itemsize,
+            bytes_after=entry.nbytes,
+            sqnr_db=entry.sqnr_db,
+        )
+        for entry in manifest.leaves
+    ]
 
 
 def abstract(path: str | os.PathLike) -> Any:

@@ -3,18 +3,18 @@
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import rich.box
 import rich.console
-import rich.table
 
 import sdq
-from sdq import format_table, formats
-from sdq.manifest import LeafEntry, Manifest, read_manifest, to_json_number
+from sdq import checkpoint, format_table, formats
+from sdq.leaf_table import bits_per_element, leaf_table
+from sdq.manifest import read_manifest, to_json_number
+from sdq.tree import LeafReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,65 +80,29 @@ def _formats(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.path)
+    reports = checkpoint.leaf_reports(manifest)
     if args.json:
-        leaves = [
-            {
-                **dataclasses.asdict(leaf),
-                "sqnr_db": to_json_number(leaf.sqnr_db),
-                "bits_per_element": _bits(leaf),
-            }
-            for leaf in manifest.leaves
-        ]
         document = {
             "written_by": manifest.written_by,
             "metadata": manifest.metadata,
-            "nbytes": sum(leaf.nbytes for leaf in manifest.leaves),
-            "leaves": leaves,
+            "nbytes": sum(report.bytes_after for report in reports),
+            "leaves": [_leaf_json(report) for report in reports],
         }
         print(json.dumps(document, indent=1))
     else:
+        versions = ", ".join(f"{name} {version}" for name, version in manifest.written_by.items())
         console = rich.console.Console()
-        total = _size(sum(leaf.nbytes for leaf in manifest.leaves))
-        console.print(f"{args.path}: {len(manifest.leaves)} leaves, {total}", soft_wrap=True)
-        console.print(_leaf_table(manifest))
+        console.print(leaf_table(reports, caption=f"written by {versions}"))
     return 0
 
 
-def _leaf_table(manifest: Manifest) -> rich.table.Table:
-    table = rich.table.Table(
-        caption="written by " + ", ".join(f"{name} {v}" for name, v in manifest.written_by.items()),
-        box=rich.box.SIMPLE_HEAD,
-    )
-    table.add_column("leaf", style="bold", overflow="fold")
-    table.add_column("format")
-    table.add_column("shape")
-    table.add_column("bytes", justify="right")
-    table.add_column("bits/element", justify="right")
-    table.add_column("SQNR dB", justify="right")
-    for leaf in manifest.leaves:
-        table.add_row(
-            leaf.path,
-            f"[green]{leaf.format}[/]" if leaf.format else leaf.dtype,
-            " x ".join(map(str, leaf.shape)) or "scalar",
-            _size(leaf.nbytes),
-            f"{bits:.3f}" if (bits := _bits(leaf)) is not None else "",
-            "" if leaf.sqnr_db is None else f"{leaf.sqnr_db:.2f}",
-        )
-    return table
-
-
-def _bits(leaf: LeafEntry) -> float | None:
-    elements = math.prod(leaf.shape)
-    return 8 * leaf.nbytes / elements if elements else None
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+def _leaf_json(report: LeafReport) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(report),
+        "format": report.format and str(report.format),
+        "sqnr_db": to_json_number(report.sqnr_db),
+        "bits_per_element": bits_per_element(report),
+    }
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class LeafReport:
     path: str
     format: Format | None
     shape: tuple[int, ...]
+    dtype: str
     bytes_before: int
     bytes_after: int
     sqnr_db: float | None
@@ -45,7 +46,7 @@ def quantize_params(
     Args:
       params: a tree of arrays, the one that the plan was resolved for.
       plan: from `resolve`.
-      on_leaf: called with a LeafReport after each leaf, for a progress bar and an error table;
+      on_leaf: called with a LeafReport after each leaf, for `progress_bar` and `leaf_table`;
         measuring the error costs one dequantisation a leaf. `list.append` collects them.
       donate: free each array's buffer once it is quantised. The caller's arrays are deleted: peak
         memory is then the tree plus a few leaves, not the tree twice.
@@ -124,6 +125,7 @@ def _report(path: str, leaf: Any, result: Any) -> LeafReport:
         path=path,
         format=result.format if quantised else None,
         shape=tuple(leaf.shape),
+        dtype=np.dtype(leaf.dtype).name,
         bytes_before=nbytes,
         bytes_after=result.nbytes if quantised else nbytes,
         sqnr_db=float(_leaf_sqnr_db(leaf, result)) if quantised else None,

@@ -66,6 +66,7 @@ def test_public_names():
         "dequantize_params",
         "fake_quantize",
         "format",
+        "leaf_table",
         "load",
         "progress_bar",
         "quantize",

@@ -37,7 +37,7 @@ def test_inspect_as_json(saved, capsys):
         and leaf["sqnr_db"] > 18
         and 4.5 < leaf["bits_per_element"] < 5
     )
-    assert document["nbytes"] == sum(x["nbytes"] for x in document["leaves"])
+    assert document["nbytes"] == sum(x["bytes_after"] for x in document["leaves"])
     assert document["metadata"] == {"model": "tiny"}
 
 

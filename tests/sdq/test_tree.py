@@ -1,10 +1,14 @@
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 import sdq
 from sdq import Rule
+from sdq.leaf_table import size_text
 from sdq.rules import is_qtensor
 from sdq.tree import totals
 
@@ -99,3 +103,27 @@ def test_progress_bar_draws_and_passes_reports_on(params, plan, capfd):
         sdq.quantize_params(params, plan, on_leaf=on_leaf)
     assert len(reports) == 3
     assert "quantise" in capfd.readouterr().err
+
+
+def test_leaf_table_shows_formats_sizes_errors_and_totals(params, plan):
+    reports = []
+    sdq.quantize_params(params, plan, on_leaf=reports.append)
+    console = rich.console.Console(width=120, record=True, file=io.StringIO())
+    console.print(sdq.leaf_table(reports, caption="tiny"))
+    shown = console.export_text()
+    before, after = totals(reports)
+    for text in ("a/kernel", "sdq32:16", "float32", "64 x 32", "8 KiB", "3 leaves", "tiny"):
+        assert text in shown
+    assert f"{before / after:.2f}x smaller" in shown and f"{reports[1].sqnr_db:.2f}" in shown
+
+
+def test_leaf_table_of_nothing():
+    assert sdq.leaf_table([]).row_count == 0
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB"), (2**50, "1024 TiB")],
+)
+def test_size_text(nbytes, text):
+    assert size_text(nbytes) == text
