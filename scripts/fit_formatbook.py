@@ -51,7 +51,7 @@ def histograms(x: np.ndarray, block: int, rng: np.random.RandomState):
     return counts, exponent, tops
 
 
-def training_set(dialects: np.ndarray):
+def training_set(dialects: np.ndarray, say: dict[str, int]):
     """Errors float32 `[candidates, blocks]`, integer weights and nearest tops `[blocks]`."""
     centre = 2 * np.arange(16 * STEPS) + 1  # in 1/(2 STEPS) of a half-unit
     distance = np.abs(centre[:, None, None] - 2 * STEPS * dialects[None])
@@ -68,19 +68,19 @@ def training_set(dialects: np.ndarray):
             power = np.ldexp(1.0, 2 * (exponent - exponent.max()))
             share = power / (power @ error[:, e2m1].astype(np.float64))
             errors.append(error.T)
-            weights.append(np.rint(share * E2M1_COST * SAY.get(name, 1)))
+            weights.append(np.rint(share * E2M1_COST * say.get(name, 1)))
             tops.append(nearest)
     return np.concatenate(errors, axis=1), np.concatenate(weights), np.concatenate(tops)
 
 
-def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int]]:
+def fit(dialects, errors, weights, tops, two_stage_say: int, log=print) -> list[list[int]]:
     """Candidate numbers of the 4 shapes of each top."""
     own = {top: np.flatnonzero(dialects[:, -1] == top) for top in TOPS}
     of_top = {top: np.flatnonzero(tops == top) for top in TOPS}
     stage_two = {top: np.ascontiguousarray(errors[own[top]][:, of_top[top]]) for top in TOPS}
     book: dict[int, list[int]] = {top: [] for top in TOPS}
     none = np.float32(2**23)
-    assert weights.sum() * none * (1 + TWO_STAGE_SAY) < 2**53, "a sum would round"
+    assert weights.sum() * none * (1 + two_stage_say) < 2**53, "a sum would round"
 
     def best_of(chosen: list[int], columns=slice(None)) -> np.ndarray:
         held = np.full(len(weights), none)[columns]
@@ -93,7 +93,7 @@ def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int
         whole, stage = best_of(rest), best_of(others, of_top[top])
         exhaustive = [np.minimum(whole, errors[c]) @ weights for c in own[top]]
         two_stage = [np.minimum(stage, e) @ weights[of_top[top]] for e in stage_two[top]]
-        return np.array(exhaustive) + TWO_STAGE_SAY * np.array(two_stage)
+        return np.array(exhaustive) + two_stage_say * np.array(two_stage)
 
     def whole_book(without: int | None = None) -> list[int]:
         return [c for chosen in book.values() for c in chosen if c != without]
@@ -117,11 +117,13 @@ def fit(dialects: np.ndarray, errors, weights, tops, log=print) -> list[list[int
     return [book[top] for top in TOPS]
 
 
-def fitted_dialects(log=print) -> tuple[tuple[int, ...], ...]:
+def fitted_dialects(
+    two_stage_say: int = TWO_STAGE_SAY, say: dict[str, int] = SAY, log=print
+) -> tuple[tuple[int, ...], ...]:
     """The book: 32 dialects, by top, then in ascending order."""
     dialects = candidates()
-    errors, weights, tops = training_set(dialects)
-    chosen = fit(dialects, errors, weights, tops, log=log)
+    errors, weights, tops = training_set(dialects, say)
+    chosen = fit(dialects, errors, weights, tops, two_stage_say, log=log)
     return tuple(
         tuple(dialect) for shapes in chosen for dialect in sorted(dialects[shapes].tolist())
     )
