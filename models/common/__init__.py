@@ -1,0 +1,1 @@
+"""What all models share: layers, attention, rotary embedding, weight conversion, sampling."""

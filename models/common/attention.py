@@ -1,0 +1,56 @@
+"""Softmax attention that never holds an S x S matrix of a long sequence, on any backend."""
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("cudnn", "chunked")
+SCORES_AT_ONCE = 2**24  # elements of the score matrix that `chunked` holds: 64 MiB
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(width)) v, without mask.
+
+    Args:
+      q: `[B, S, heads, width]`.
+      k: `[B, S', heads, width]`.
+      v: like k.
+      implementation: "cudnn" (NVIDIA GPUs, 16-bit floats), "chunked" (anything: a few queries at a
+        time, softmax in float32), or None: cuDNN where it can, else chunked.
+    Returns:
+      `[B, S, heads, width]` in q's dtype.
+    """
+    if implementation is None:
+        narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+        on_gpu = jax.default_backend() == "gpu"
+        implementation = "cudnn" if on_gpu and narrow and q.shape[-1] % 8 == 0 else "chunked"
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if implementation == "chunked":
+        return _chunked(q, k, v)
+    raise ValueError(
+        f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
+        f"got {implementation!r}"
+    )
+
+
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    batch, length, heads, _ = q.shape
+    chunk = max(1, SCORES_AT_ONCE // (batch * heads * k.shape[1]))
+    if chunk >= length:
+        return _direct(q, k, v)
+    count = -(-length // chunk)
+    chunk = -(-length // count)
+    padded = jnp.pad(q, [(0, 0), (0, count * chunk - length), (0, 0), (0, 0)])
+    chunks = jnp.moveaxis(padded.reshape(batch, count, chunk, heads, -1), 1, 0)
+    # The backward pass computes the scores again instead of keeping all of them.
+    out = jax.lax.map(jax.checkpoint(lambda part: _direct(part, k, v)), chunks)
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _direct(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype)

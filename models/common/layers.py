@@ -1,0 +1,170 @@
+"""Layers that all models share. Their heavy work is done by functions that are passed in (`Ops`).
+
+A kernel is an array or a QTensor `[in, out]`; an input is an array or a QTensor `[..., in]`.
+Nothing is intercepted or patched: a quantised model is the same model with other leaves and Ops.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from models.common.attention import attention
+from sdq import QTensor, dequantize
+
+Input = jax.Array | QTensor
+
+
+def matmul(x: Input, kernel: Input, *, bias: jax.Array | None = None) -> jax.Array:
+    """x `[..., in]` times kernel `[in, out]` plus bias: summed in float32, returned in x's dtype.
+
+    A QTensor stands for its dequantised values in its own dtype.
+    """
+    x, kernel = _dense(x), _dense(kernel)
+    y = jax.lax.dot_general(
+        x,
+        kernel.astype(x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    return y.astype(x.dtype)
+
+
+def keep_input(x: jax.Array, site: str) -> Input:
+    """The input of a linear as it is."""
+    del site
+    return x
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """The functions that a model calls for its heavy work.
+
+    Attributes:
+      matmul: `(x, kernel, *, bias) -> y`, for every linear; each operand an array or a QTensor.
+      attention: `(q, k, v) -> out`, all `[B, S, heads, width]`.
+      quantize_input: `(x, site) -> x or a QTensor of it`, called once for each input, also where
+        several linears read it. `site` names the place: "blocks/self_attn/qkv", "head/linear".
+    """
+
+    matmul: Callable[..., jax.Array] = matmul
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
+    quantize_input: Callable[[jax.Array, str], Input] = keep_input
+
+
+class Linear(nn.Module):
+    """y = x kernel + bias, through `ops.matmul`; the kernel leaf is an array or a QTensor."""
+
+    features: int
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x: Input) -> jax.Array:
+        """`[..., in]` -> `[..., features]`."""
+        kernel = quantizable(
+            self, "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return self.ops.matmul(x, kernel, bias=bias)
+
+
+def quantizable(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]
+) -> Input:
+    """A parameter that may have become a QTensor.
+
+    Raises:
+      ValueError: the leaf has another (logical) shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    leaf: Input = module.get_variable("params", name)
+    if tuple(leaf.shape) != shape:
+        where = "/".join((*module.path, name))
+        raise ValueError(f"{where}: expected shape {list(shape)}, got {list(leaf.shape)}")
+    return leaf
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis with a weight; float32 inside."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Same shape and dtype as x."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * _broadcast(scale, x32)).astype(x.dtype)
+
+
+class AffineLayerNorm(nn.Module):
+    """Layer norm over the last axis with weight and bias; float32 inside."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Same shape and dtype as x."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        y = layer_norm(x, self.eps)
+        return (y * _broadcast(scale, y) + _broadcast(bias, y)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis without parameters, in and returned as float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """LN(x) (1 + scale) + shift, float32 inside; shift and scale `[B, 1 or S, D]`."""
+    return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def sinusoid(t: jax.Array, width: int) -> jax.Array:
+    """Timesteps `[...]` -> float32 `[..., width]`: cosines first, then sines; base 10,000."""
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t.astype(jnp.float32)[..., None] * _broadcast(frequency, t[..., None])
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """`[B, T, H, W, C]` -> tokens `[B, S, pt * ph * pw * C]`, t slowest.
+
+    Raises:
+      ValueError: the patch does not divide the size.
+    """
+    batch, *size, channels = x.shape
+    if any(n % p for n, p in zip(size, patch, strict=True)):
+        raise ValueError(f"a patch of {list(patch)} does not divide {size} (T, H, W)")
+    t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+    pt, ph, pw = patch
+    x = x.reshape(batch, t, pt, h, ph, w, pw, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch, t * h * w, pt * ph * pw * channels)
+
+
+def unpatchify(x: jax.Array, size: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+    """The inverse of patchify; `size` is the video's (T, H, W)."""
+    t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+    pt, ph, pw = patch
+    x = x.reshape(len(x), t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(len(x), *size, -1)
+
+
+def _dense(x: Input) -> jax.Array:
+    return dequantize(x) if isinstance(x, QTensor) else x
+
+
+def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector along the last axis of `like`, in float32, with its rank."""
+    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + vector.shape)

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdq
+from models.common.layers import (
+    AffineLayerNorm,
+    Linear,
+    Ops,
+    RMSNorm,
+    matmul,
+    modulated_norm,
+    patchify,
+    sinusoid,
+    unpatchify,
+)
+
+
+@pytest.fixture
+def linear(rng):
+    kernel = jnp.asarray(rng.randn(32, 8), jnp.float32)
+    return {"kernel": kernel, "bias": jnp.asarray(rng.randn(8), jnp.float32)}
+
+
+def test_linear_accepts_an_array_or_a_qtensor(rng, linear):
+    x = jnp.asarray(rng.randn(2, 3, 32), jnp.float32)
+    layer = Linear(8, Ops())
+    y = layer.apply({"params": linear}, x)
+    np.testing.assert_allclose(y, x @ linear["kernel"] + linear["bias"][None, None], rtol=1e-5)
+    q = sdq.quantize(linear["kernel"], "sdq32:16", axis=-2)
+    expected = layer.apply({"params": {**linear, "kernel": sdq.dequantize(q)}}, x)
+    np.testing.assert_array_equal(layer.apply({"params": {**linear, "kernel": q}}, x), expected)
+
+
+def test_matmul_accepts_a_quantised_input(rng, linear):
+    x = jnp.asarray(rng.randn(5, 32), jnp.float32)
+    q = sdq.quantize(x, "sdq32:16")
+    np.testing.assert_array_equal(
+        matmul(q, linear["kernel"]), matmul(sdq.dequantize(q), linear["kernel"])
+    )
+
+
+def test_linear_refuses_a_kernel_of_another_shape(linear):
+    with pytest.raises(ValueError, match=r"kernel: expected shape \[16, 8\], got \[32, 8\]"):
+        Linear(8, Ops()).apply({"params": linear}, jnp.ones((1, 16)))
+
+
+def test_the_matmul_is_an_argument(linear):
+    seen = []
+
+    def spy(x, kernel, *, bias=None):
+        seen.append((x.shape, kernel.shape, bias.shape))
+        return matmul(x, kernel, bias=bias)
+
+    Linear(8, Ops(matmul=spy)).apply({"params": linear}, jnp.ones((4, 32)))
+    assert seen == [((4, 32), (32, 8), (8,))]
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    k = 4096
+    x, kernel = jnp.ones((1, k), jnp.bfloat16), jnp.full((k, 1), 1 + 2**-7, jnp.bfloat16)
+    y = matmul(x, kernel, bias=jnp.ones(1))
+    assert y.dtype == jnp.bfloat16 and float(y[0, 0]) == 4128  # 4129 to 8 bits
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(1e-6), AffineLayerNorm(1e-6)], ids=["rms", "layer"])
+def test_norms_equal_float64(rng, norm):
+    x = 100 * rng.randn(3, 64) + 5
+    scale, bias = rng.randn(64), rng.randn(64)
+    if isinstance(norm, RMSNorm):
+        params = {"scale": scale}
+        expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)) * scale
+    else:
+        params = {"scale": scale, "bias": bias}
+        expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * scale + bias
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    y = norm.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    narrow = norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+
+
+def test_modulation_broadcasts_over_tokens_or_follows_them(rng):
+    x = jnp.asarray(rng.randn(2, 5, 16), jnp.float32)
+    shift, scale = (jnp.asarray(rng.randn(2, 1, 16), jnp.float32) for _ in range(2))
+    one = modulated_norm(x, shift, scale, 1e-6)
+    each = modulated_norm(x, jnp.repeat(shift, 5, 1), jnp.repeat(scale, 5, 1), 1e-6)
+    np.testing.assert_array_equal(one, each)
+
+
+def test_sinusoid_puts_cosines_first():
+    out = sinusoid(jnp.asarray([0.0, 3.0]), 4)
+    np.testing.assert_allclose(out[0], [1, 1, 0, 0])
+    expected = [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)]
+    np.testing.assert_allclose(out[1], expected, rtol=1e-5)
+
+
+def test_patches_and_back(rng):
+    x = jnp.asarray(rng.randn(2, 4, 6, 8, 3), jnp.float32)
+    tokens = patchify(x, (2, 3, 2))
+    assert tokens.shape == (2, 2 * 2 * 4, 2 * 3 * 2 * 3)
+    np.testing.assert_array_equal(tokens[0, 1], x[0, :2, :3, 2:4].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(tokens, (4, 6, 8), (2, 3, 2)), x)
+
+
+def test_patch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"a patch of \[2, 2, 2\] does not divide \[3, 4, 4\]"):
+        patchify(jnp.ones((1, 3, 4, 4, 1)), (2, 2, 2))

@@ -1,0 +1,133 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdq
+from models.common.layers import Ops, matmul
+from models.wan.config import SIZES, WanConfig
+from models.wan.modeling import Wan
+
+TINY = WanConfig(
+    width=48, heads=4, layers=3, ffn_width=64, in_channels=4, out_channels=4, text_width=16
+)
+PUBLISHED = {  # parameters of diffusers' WanTransformer3DModel of these sizes
+    "wan2.1-t2v-1.3b": 1_418_996_800,
+    "wan2.1-t2v-14b": 14_288_491_584,
+    "wan2.1-i2v-14b": 16_394_878_784,
+    "wan2.2-t2v-a14b": 14_288_491_584,
+    "wan2.2-i2v-a14b": 14_288_901_184,
+    "wan2.2-ti2v-5b": 4_999_787_712,
+}
+
+
+def inputs(config=TINY, batch=2):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (batch, 2, 4, 6, config.in_channels))
+    text = jax.random.normal(keys[1], (batch, 7, config.text_width))
+    image = config.image_width and jax.random.normal(keys[2], (batch, 5, config.image_width))
+    return x, jnp.linspace(100, 900, batch), text, image
+
+
+def random_params(config=TINY):
+    """All N(0, 0.1): gates that start at zero would hide mistakes."""
+    shapes = jax.eval_shape(Wan(config).init, jax.random.key(0), *inputs(config))["params"]
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    normal = [0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, normal)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes_have_their_parameter_counts(name):
+    shapes = jax.eval_shape(Wan(SIZES[name]).init, jax.random.key(0), *inputs(SIZES[name]))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
+
+
+def test_per_token_timesteps_equal_one_for_all():
+    params, (x, t, text, _) = random_params(), inputs()
+    model = Wan(TINY, dtype=jnp.float32)
+    tokens = 2 * 2 * 3
+    one = model.apply({"params": params}, x, t, text)
+    each = model.apply({"params": params}, x, jnp.repeat(t[:, None], tokens, 1), text)
+    np.testing.assert_allclose(one, each, atol=1e-5)
+
+
+def test_intermediates_come_on_request_for_every_block():
+    params, (x, t, text, _) = random_params(), inputs()
+    _, extra = Wan(TINY).apply({"params": params}, x, t, text, mutable=["intermediates"])
+    found = {path: leaf.shape for path, leaf in sdq.rules.flatten(extra["intermediates"]).items()}
+    video, words = (3, 2, 12, 48), (3, 2, 7, 48)
+    assert found == {
+        "blocks/self_attn/qkv_input": video,
+        "blocks/self_attn/o_input": video,
+        "blocks/cross_attn/q_input": video,
+        "blocks/cross_attn/kv_input": words,
+        "blocks/cross_attn/o_input": video,
+        "blocks/ffn/up_input": video,
+        "blocks/ffn/down_input": (3, 2, 12, 64),
+        "blocks/output": video,
+    }
+
+
+def test_every_linear_goes_through_the_ops():
+    counts = {"matmul": 0, "attention": 0}
+    sites = []
+
+    def counted_matmul(x, kernel, *, bias=None):
+        counts["matmul"] += 1
+        return matmul(x, kernel, bias=bias)
+
+    def counted_attention(q, k, v):
+        counts["attention"] += 1
+        return q + jnp.mean(k, 1, keepdims=True) + jnp.mean(v, 1, keepdims=True)
+
+    def noted(x, site):
+        sites.append(site)
+        return x
+
+    ops = Ops(matmul=counted_matmul, attention=counted_attention, quantize_input=noted)
+    params, (x, t, text, _) = random_params(), inputs()
+    jax.eval_shape(lambda: Wan(TINY, ops).apply({"params": params}, x, t, text))
+    traces = sites.count("blocks/self_attn/qkv")  # the scanned block is traced once or more
+    assert counts["matmul"] == 7 + 10 * traces and counts["attention"] == 2 * traces
+    assert len(sites) == 7 + 7 * traces
+
+
+def test_blocks_compile_as_one():
+    text = [
+        str(jax.make_jaxpr(lambda p, *a: Wan(c).apply({"params": p}, *a[:3]))(params, *inputs(c)))
+        for c in (TINY, WanConfig(**{**as_dict(TINY), "layers": 9}))
+        for params in [random_params(c)]
+    ]
+    assert text[0].count("dot_general") == text[1].count("dot_general")
+
+
+def as_dict(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_quantised_tree_runs_in_the_same_model():
+    params, (x, t, text, _) = random_params(), inputs()
+    rules = [sdq.Rule(r"blocks/.*/kernel", "sdq32:16"), sdq.Rule(r".*", None)]
+    quantised = sdq.quantize_params(params, sdq.resolve(rules, params))
+    run = jax.jit(lambda p: Wan(TINY, dtype=jnp.float32).apply({"params": p}, x, t, text))
+    expected = run(sdq.dequantize_params(quantised))
+    np.testing.assert_allclose(run(quantised), expected, atol=2e-6)  # another order of sums
+    assert 10 < sdq.sqnr_db(run(params), run(quantised)) < 40
+
+
+def test_image_embeddings_are_asked_for():
+    x, t, text, _ = inputs()
+    with pytest.raises(ValueError, match="takes no image embeddings"):
+        Wan(TINY).apply({"params": random_params()}, x, t, text, text)
+    config = WanConfig(**{**as_dict(TINY), "image_width": 24})
+    with pytest.raises(ValueError, match="needs image embeddings"):
+        Wan(config).apply({"params": random_params(config)}, x, t, text)
+
+
+def test_width_must_fit_the_heads():
+    with pytest.raises(ValueError, match="width 50 must be a multiple of twice the 4 heads"):
+        WanConfig(width=50, heads=4, layers=1, ffn_width=8)
