@@ -22,9 +22,7 @@ def attention(
       `[B, S, heads, width]` in q's dtype.
     """
     if implementation is None:
-        narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-        on_gpu = jax.default_backend() == "gpu"
-        implementation = "cudnn" if on_gpu and narrow and q.shape[-1] % 8 == 0 else "chunked"
+        implementation = "cudnn" if _cudnn_can(q, k) else "chunked"
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if implementation == "chunked":
@@ -33,6 +31,14 @@ def attention(
         f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
         f"got {implementation!r}"
     )
+
+
+def _cudnn_can(q: jax.Array, k: jax.Array) -> bool:
+    """Also differentiated: its backward pass wants even lengths."""
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return jax.default_backend() == "gpu" and narrow and even and fits
 
 
 def _chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -19,20 +19,14 @@ Input = jax.Array | QTensor
 
 
 def matmul(x: Input, kernel: Input, *, bias: jax.Array | None = None) -> jax.Array:
-    """x `[..., in]` times kernel `[in, out]` plus bias: summed in float32, returned in x's dtype.
+    """x `[..., in]` times kernel `[in, out]` plus bias, in x's dtype; products summed in float32.
 
     A QTensor stands for its dequantised values in its own dtype.
     """
     x, kernel = _dense(x), _dense(kernel)
-    y = jax.lax.dot_general(
-        x,
-        kernel.astype(x.dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-    return y.astype(x.dtype)
+    # A float32 result would be a float32 cotangent too, and the backward pass three times slower.
+    y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 def keep_input(x: jax.Array, site: str) -> Input:

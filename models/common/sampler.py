@@ -1,0 +1,227 @@
+"""Flow-matching sampling as one `lax.scan`: x_t = (1 - sigma) x0 + sigma noise, v = noise - x0.
+
+Everything is pure: the velocity is a function, whatever it remembers between steps is a pytree that
+the scan threads through, randomness comes from a key.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SOLVERS = ("euler", "unipc")
+SIGMA_LAST = 1e-3  # UniPC's grid ends here before it jumps to 0, as in the published pipelines
+SIGMA_FIRST_GAP = 1e-6  # and begins this far below 1, where log(1 - sigma) is finite
+
+# (x, sigma, step, state) -> (velocity, state); sigma float32 [], step int32 []
+Velocity = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """How noise becomes a video.
+
+    Attributes:
+      steps: evaluations of the velocity.
+      shift: s of sigma -> s sigma / (1 + (s - 1) sigma); above 1 spends more steps on noise.
+      solver: "euler", or "unipc" (order 2 with corrector, B(h) = e^h - 1).
+    """
+
+    steps: int
+    shift: float = 1.0
+    solver: str = "unipc"
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not self.shift > 0:
+            raise ValueError(f"shift: expected a positive number, got {self.shift}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
+
+
+class Trajectory(NamedTuple):
+    """What each step saw and said: x and v `[steps, *x.shape]`."""
+
+    x: jax.Array
+    v: jax.Array
+
+
+def sigmas(sampler: Sampler) -> np.ndarray:
+    """Noise levels float64 `[steps + 1]`, falling to 0.
+
+    Euler's are evenly spaced from 1 to 0 before the shift. UniPC's are evenly spaced from 1 to
+    SIGMA_LAST with the last one left out (then 0), and start just below 1.
+    """
+    last = SIGMA_LAST if sampler.solver == "unipc" else 0.0
+    even = np.linspace(1.0, last, sampler.steps + 1)[:-1]
+    levels = sampler.shift * even / (1 + (sampler.shift - 1) * even)
+    if sampler.solver == "unipc":
+        levels[0] -= SIGMA_FIRST_GAP
+    return np.append(levels, 0.0)
+
+
+def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Where sampling starts: standard normal float32."""
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+def sample(
+    velocity: Velocity,
+    x: jax.Array,
+    sampler: Sampler,
+    state: Any = (),
+    *,
+    trajectory: bool = False,
+    on_step: Callable[[np.ndarray], None] | None = None,
+) -> tuple[jax.Array, Any] | tuple[jax.Array, Any, Trajectory]:
+    """Integrate from noise to data; traceable.
+
+    Args:
+      velocity: `(x, sigma, step, state) -> (v, state)`.
+      x: noise.
+      sampler: steps, shift and solver.
+      state: pytree that is threaded through the calls of `velocity`.
+      trajectory: also return every step's x and v.
+      on_step: called on the host with the number of each finished step (`jax.debug.callback`).
+    Returns:
+      (x0 float32, state), and a Trajectory on request.
+    """
+    steps = _steps(sampler)
+
+    def one(carry, step: _Step):
+        x, corrected, x0_before, state = carry
+        v, state = velocity(x, step.sigma, step.number, state)
+        x0 = x - step.sigma * v
+        here = step.keep * corrected + step.old * x0_before[0] + step.older * x0_before[1]
+        here = here + step.new * x0 + step.x * x
+        ahead = step.ahead_x * here + step.ahead_x0 * x0 + step.ahead_old * x0_before[0]
+        if on_step is not None:
+            jax.debug.callback(on_step, step.number)
+        return (ahead, here, (x0, x0_before[0]), state), Trajectory(x, v) if trajectory else None
+
+    x = x.astype(jnp.float32)
+    nothing = jnp.zeros_like(x)
+    carry = (x, nothing, (nothing, nothing), state)
+    (x0, _, _, state), seen = jax.lax.scan(one, carry, steps)
+    return (x0, state, seen) if trajectory else (x0, state)
+
+
+def guided(
+    model: Callable[..., tuple[jax.Array, Any]],
+    conditional: Any,
+    unconditional: Any,
+    scale: float,
+) -> Velocity:
+    """Classifier-free guidance, both halves in one batch: u + scale (c - u).
+
+    Args:
+      model: `(x, sigma, step, state, condition) -> (v, state)`.
+      conditional: pytree of arrays `[B, ...]`.
+      unconditional: the same shapes, without the prompt.
+      scale: 1 evaluates the conditional half alone.
+    """
+    if scale == 1:
+        return lambda x, sigma, step, state: model(x, sigma, step, state, conditional)
+    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), conditional, unconditional)
+
+    def velocity(x, sigma, step, state):
+        v, state = model(jnp.concatenate([x, x]), sigma, step, state, both)
+        c, u = jnp.split(v, 2)
+        return u + scale * (c - u), state
+
+    return velocity
+
+
+def experts(high: Velocity, low: Velocity, boundary: float) -> Velocity:
+    """Two networks for two ranges of noise: `high` from sigma = boundary up, else `low`.
+
+    Only the one in question is run (`lax.cond`). Both take and return the same state.
+    """
+
+    def velocity(x, sigma, step, state):
+        return jax.lax.cond(sigma >= boundary, high, low, x, sigma, step, state)
+
+    return velocity
+
+
+def velocity_from_x0(x: jax.Array, x0: jax.Array, sigma: jax.Array, floor: float) -> jax.Array:
+    """The velocity (x - x0) / sigma of a network that predicts x0; sigma at least `floor`."""
+    return (x - x0) / jnp.maximum(sigma, floor)
+
+
+class _Step(NamedTuple):
+    """One step of the scan, a number each (`[steps]` before the scan).
+
+    With x0 from the network, x0_old and x0_older from the steps before, the corrected x is
+    keep corrected_before + old x0_old + older x0_older + new x0 + x x, and the next x is
+    ahead_x corrected + ahead_x0 x0 + ahead_old x0_old.
+    """
+
+    number: Any
+    sigma: Any
+    keep: Any
+    old: Any
+    older: Any
+    new: Any
+    x: Any
+    ahead_x: Any
+    ahead_x0: Any
+    ahead_old: Any
+
+
+def _steps(sampler: Sampler) -> _Step:
+    """All coefficients, computed in float64."""
+    levels = sigmas(sampler)
+    rows = []
+    for n in range(sampler.steps):
+        correct, ahead = (0.0, 0.0, 0.0, 0.0, 1.0), _first_order(levels, n)
+        if sampler.solver == "unipc":
+            if n > 0:
+                correct = (*_corrector(levels, n, order=min(2, n)), 0.0)
+            # The first and the last step have order 1.
+            if 0 < n < sampler.steps - 1:
+                ahead = _second_order(levels, n)
+        rows.append((levels[n], *correct, *ahead))
+    columns = np.array(rows, np.float32).T
+    return _Step(np.arange(sampler.steps, dtype=np.int32), *columns)
+
+
+def _log_snr(sigma: float) -> float:
+    """Half the logarithm of the signal-to-noise ratio."""
+    return np.inf if sigma == 0 else np.log1p(-sigma) - np.log(sigma)
+
+
+def _first_order(levels: np.ndarray, n: int) -> tuple[float, float, float]:
+    """(x, x0, x0_old) coefficients of the exact step for a constant x0; also Euler's step."""
+    ratio = levels[n + 1] / levels[n]
+    return ratio, 1 - ratio, 0.0
+
+
+def _second_order(levels: np.ndarray, n: int) -> tuple[float, float, float]:
+    """UniPC's predictor of order 2 from step n to n + 1."""
+    before, now, then = (_log_snr(level) for level in levels[n - 1 : n + 2])
+    x, x0, _ = _first_order(levels, n)
+    r = (before - now) / (then - now)
+    half = 0.5 * (1 - levels[n + 1]) * np.expm1(now - then) / r
+    return x, x0 + half, -half
+
+
+def _corrector(levels: np.ndarray, n: int, order: int) -> tuple[float, float, float, float]:
+    """UniPC's corrector of the step from n - 1 to n: (corrected_before, old, older, new)."""
+    now, then = _log_snr(levels[n - 1]), _log_snr(levels[n])
+    x, x0, _ = _first_order(levels, n - 1)
+    h = now - then
+    b_h = np.expm1(h)
+    if order == 1:
+        r, weights = 1.0, np.array([0.0, 0.5])
+    else:
+        r = (_log_snr(levels[n - 2]) - now) / (then - now)
+        phi2 = b_h / h - 1
+        phi3 = phi2 / h - 0.5
+        weights = np.linalg.solve([[1, 1], [r, 1]], [phi2 / b_h, 2 * phi3 / b_h])
+    old, new = -(1 - levels[n]) * b_h * weights / np.array([r, 1.0])
+    return x, x0 - old - new, old, new

@@ -1,0 +1,35 @@
+"""The size of the shapes model: a small Wan with a learned caption encoder."""
+
+import dataclasses
+
+from models.wan.config import WanConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShapesConfig:
+    """A Wan over pixels and how it is sampled.
+
+    Attributes:
+      dit: the transformer. It predicts the clean video, because a token's 384 pixels would not
+        pass as noise through a width of 256.
+      shift: of the noise levels, in training and sampling.
+      sigma_floor: where the velocity (x - x0) / sigma stops growing.
+    """
+
+    dit: WanConfig
+    shift: float = 3.0
+    sigma_floor: float = 0.05
+
+
+SHAPES = ShapesConfig(
+    dit=WanConfig(
+        width=256,
+        heads=4,
+        layers=8,
+        ffn_width=1024,
+        in_channels=3,
+        out_channels=3,
+        patch=(2, 8, 8),
+        text_width=128,
+    )
+)

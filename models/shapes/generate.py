@@ -1,0 +1,94 @@
+"""Captions to videos with the shapes model."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.common.layers import Ops
+from models.common.sampler import (
+    Sampler,
+    Trajectory,
+    Velocity,
+    guided,
+    noise,
+    sample,
+    velocity_from_x0,
+)
+from models.shapes.config import SHAPES
+from models.shapes.modeling import Shapes
+from models.shapes.world import VIDEO
+
+WEIGHTS = pathlib.Path(__file__).parent / "shapes.safetensors"
+PLAIN_OPS = Ops()
+SAMPLER = Sampler(steps=24, shift=SHAPES.shift, solver="unipc")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How videos are sampled; hashable, so that `jit` compiles each once.
+
+    Attributes:
+      sampler: steps, shift and solver.
+      guidance: how far captions are followed beyond the model's own prediction; 1 is none.
+      ops: matmul, attention and input quantisation of the model.
+      dtype: that the model computes in.
+    """
+
+    sampler: Sampler = SAMPLER
+    guidance: float = 3.0
+    ops: Ops = PLAIN_OPS
+    dtype: Any = jnp.bfloat16
+
+
+def velocity(params: Any, tokens: jax.Array, settings: Settings) -> Velocity:
+    """The guided velocity of a batch of captions int32 `[B, CAPTION_TOKENS]`."""
+    model = Shapes(SHAPES, settings.ops, settings.dtype)
+
+    def predict(x, sigma, step, state, tokens):
+        levels = jnp.broadcast_to(sigma, len(x))
+        x0 = model.apply({"params": params}, x, levels, tokens)
+        return velocity_from_x0(x, x0, sigma, SHAPES.sigma_floor), state
+
+    return guided(predict, tokens, jnp.zeros_like(tokens), settings.guidance)
+
+
+def start(key: jax.Array, prompts: np.ndarray | jax.Array) -> jax.Array:
+    """Noise for each prompt number, `[B, *VIDEO]`: the same number gets the same noise anywhere."""
+    return jax.vmap(lambda n: noise(jax.random.fold_in(key, n), VIDEO))(jnp.asarray(prompts))
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "trajectory", "on_step"))
+def generate(
+    params: Any,
+    tokens: jax.Array,
+    x: jax.Array,
+    *,
+    settings: Settings,
+    trajectory: bool = False,
+    on_step: Callable[[np.ndarray], None] | None = None,
+) -> jax.Array | tuple[jax.Array, Trajectory]:
+    """Videos float32 `[B, *VIDEO]` in [0, 1].
+
+    Args:
+      params: of the model, arrays or QTensors.
+      tokens: captions int32 `[B, CAPTION_TOKENS]`.
+      x: noise `[B, *VIDEO]`.
+      settings: how to sample.
+      trajectory: also return every step's x and velocity.
+      on_step: called with the number of each finished step.
+    """
+    x0, _, *seen = sample(
+        velocity(params, tokens, settings),
+        x,
+        settings.sampler,
+        trajectory=trajectory,
+        on_step=on_step,
+    )
+    videos = jnp.clip((x0 + 1) / 2, 0, 1)
+    return (videos, *seen) if seen else videos
