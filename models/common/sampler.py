@@ -5,6 +5,7 @@ the scan threads through, randomness comes from a key.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SOLVERS = ("euler", "unipc")
+TIMESTEPS = 1000  # the timestep of sigma = 1
 SIGMA_LAST = 1e-3  # UniPC's grid ends here before it jumps to 0, as in the published pipelines
 SIGMA_FIRST_GAP = 1e-6  # and begins this far below 1, where log(1 - sigma) is finite
 
@@ -35,9 +37,9 @@ class Sampler:
     solver: str = "unipc"
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        if not self.shift > 0:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps: expected a whole number from 1 up, got {self.steps!r}")
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift: expected a positive number, got {self.shift}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
@@ -51,17 +53,28 @@ class Trajectory(NamedTuple):
 
 
 def sigmas(sampler: Sampler) -> np.ndarray:
-    """Noise levels float64 `[steps + 1]`, falling to 0.
+    """Noise levels `[steps + 1]`, falling to 0: float32 numbers, held in float64.
 
-    Euler's are evenly spaced from 1 to 0 before the shift. UniPC's are evenly spaced from 1 to
-    SIGMA_LAST with the last one left out (then 0), and start just below 1.
+    Each solver has the grid that its published pipelines use. Before the shift, Euler's is evenly
+    spaced from 1 to 0; UniPC's is evenly spaced from 1 to SIGMA_LAST with the last one left out
+    (then 0), and starts just below 1. So they differ, most at few steps. (A third one, diffusers'
+    default for its Euler scheduler, ends at 1 / 1000 shifted twice; its video pipelines override
+    it with the even grid.)
     """
-    last = SIGMA_LAST if sampler.solver == "unipc" else 0.0
-    even = np.linspace(1.0, last, sampler.steps + 1)[:-1]
-    levels = sampler.shift * even / (1 + (sampler.shift - 1) * even)
+    # The coefficients must see the levels that the network sees: 1 - sigma of the first one has a
+    # single digit left in float32.
+    return np.append(_levels(sampler), 0.0).astype(np.float32).astype(np.float64)
+
+
+def timesteps(sampler: Sampler) -> np.ndarray:
+    """What the published pipelines tell the network at each step: float32 `[steps]`, 1000 sigma.
+
+    UniPC's are cut to whole numbers, as in those pipelines. A velocity looks its own up by the
+    number of the step.
+    """
     if sampler.solver == "unipc":
-        levels[0] -= SIGMA_FIRST_GAP
-    return np.append(levels, 0.0)
+        return np.trunc(TIMESTEPS * _levels(sampler)).astype(np.float32)
+    return np.float32(TIMESTEPS) * sigmas(sampler)[:-1].astype(np.float32)
 
 
 def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -86,7 +99,8 @@ def sample(
       sampler: steps, shift and solver.
       state: pytree that is threaded through the calls of `velocity`.
       trajectory: also return every step's x and v.
-      on_step: called on the host with the number of each finished step (`jax.debug.callback`).
+      on_step: called on the host with the number of each step, once its x is known
+        (`jax.debug.callback`).
     Returns:
       (x0 float32, state), and a Trajectory on request.
     """
@@ -100,7 +114,9 @@ def sample(
         here = here + step.new * x0 + step.x * x
         ahead = step.ahead_x * here + step.ahead_x0 * x0 + step.ahead_old * x0_before[0]
         if on_step is not None:
-            jax.debug.callback(on_step, step.number)
+            # An element of the result makes the call wait for it.
+            corner = ahead[(0,) * ahead.ndim]
+            jax.debug.callback(lambda number, _: on_step(number), step.number, corner)
         return (ahead, here, (x0, x0_before[0]), state), Trajectory(x, v) if trajectory else None
 
     x = x.astype(jnp.float32)
@@ -188,6 +204,16 @@ def _steps(sampler: Sampler) -> _Step:
         rows.append((levels[n], *correct, *ahead))
     columns = np.array(rows, np.float32).T
     return _Step(np.arange(sampler.steps, dtype=np.int32), *columns)
+
+
+def _levels(sampler: Sampler) -> np.ndarray:
+    """The sigma of every step, float64 `[steps]`."""
+    last = SIGMA_LAST if sampler.solver == "unipc" else 0.0
+    even = np.linspace(1.0, last, sampler.steps + 1)[:-1]
+    levels = sampler.shift * even / (1 + (sampler.shift - 1) * even)
+    if sampler.solver == "unipc":
+        levels[0] -= SIGMA_FIRST_GAP
+    return levels
 
 
 def _log_snr(sigma: float) -> float:

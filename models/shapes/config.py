@@ -21,7 +21,7 @@ class ShapesConfig:
     sigma_floor: float = 0.05
 
 
-SHAPES = ShapesConfig(
+CONFIG = ShapesConfig(
     dit=WanConfig(
         width=256,
         heads=4,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,12 @@ from models.common.sampler import (
     sample,
     velocity_from_x0,
 )
-from models.shapes.config import SHAPES
+from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
 from models.shapes.world import VIDEO
 
-WEIGHTS = pathlib.Path(__file__).parent / "shapes.safetensors"
 PLAIN_OPS = Ops()
-SAMPLER = Sampler(steps=24, shift=SHAPES.shift, solver="unipc")
+SAMPLER = Sampler(steps=24, shift=CONFIG.shift, solver="unipc")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +46,12 @@ class Settings:
 
 def velocity(params: Any, tokens: jax.Array, settings: Settings) -> Velocity:
     """The guided velocity of a batch of captions int32 `[B, CAPTION_TOKENS]`."""
-    model = Shapes(SHAPES, settings.ops, settings.dtype)
+    model = Shapes(CONFIG, settings.ops, settings.dtype)
 
     def predict(x, sigma, step, state, tokens):
         levels = jnp.broadcast_to(sigma, len(x))
         x0 = model.apply({"params": params}, x, levels, tokens)
-        return velocity_from_x0(x, x0, sigma, SHAPES.sigma_floor), state
+        return velocity_from_x0(x, x0, sigma, CONFIG.sigma_floor), state
 
     return guided(predict, tokens, jnp.zeros_like(tokens), settings.guidance)
 
