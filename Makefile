@@ -7,8 +7,12 @@ OUT ?= out
 
 .PHONY: demo test check slow bench clean
 
-demo: $(STAMP)  ## the format table and a picture of it
-	$(BIN)/sdq formats --plot $(OUT)/formats.png
+demo: $(STAMP)  ## sample three prompts with 4-bit weights and activations, beside bf16
+	$(BIN)/sdq sample --compare bf16 --out $(OUT)/demo \
+	  --prompt "a large red circle moves left over a blue checkerboard" \
+	  --prompt "a medium white triangle bounces sideways over a orange gradient" \
+	  --prompt "a small yellow ring orbits clockwise and a large purple square stays still over a green wall"
+	@echo "open $(OUT)/demo/report.html in a browser"
 
 test: $(STAMP)  ## everything but the slow tests
 	$(BIN)/python -m pytest -q -n auto

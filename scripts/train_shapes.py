@@ -29,7 +29,7 @@ import rich.console
 import rich.progress
 
 from models.common.tensor_files import save_tensors
-from models.shapes.config import SHAPES
+from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
 from models.shapes.render import render
 from models.shapes.vocabulary import CAPTION_TOKENS
@@ -101,7 +101,7 @@ def initial_state(config: TrainConfig) -> TrainState:
     """Fresh float32 weights and optimiser."""
     video, captions = jnp.zeros((1, *VIDEO)), jnp.zeros((1, CAPTION_TOKENS), jnp.int32)
     key = jax.random.key(config.seed)
-    params = Shapes(SHAPES).init(key, video, jnp.ones((1,)), captions)["params"]
+    params = Shapes(CONFIG).init(key, video, jnp.ones((1,)), captions)["params"]
     # The last layer starts at 0: the first prediction is the mean video.
     params["dit"]["head"]["kernel"] = jnp.zeros_like(params["dit"]["head"]["kernel"])
     return TrainState(jnp.zeros((), jnp.int32), params, params, make_optimiser(config).init(params))
@@ -117,11 +117,12 @@ def loss_fn(params: Any, key: jax.Array, config: TrainConfig) -> jax.Array:
     captions = jnp.where(dropped, 0, captions)
     # Evenly spread over the batch, then shifted towards noise like the sampler's levels.
     u = (jnp.arange(config.batch) + jax.random.uniform(key_sigma, (config.batch,))) / config.batch
-    sigma = SHAPES.shift * u / (1 + (SHAPES.shift - 1) * u)
+    sigma = CONFIG.shift * u / (1 + (CONFIG.shift - 1) * u)
     wide = sigma[:, None, None, None, None]
     x = (1 - wide) * x0 + wide * jax.random.normal(key_noise, x0.shape)
-    prediction = Shapes(SHAPES, remat=True).apply({"params": params}, x, sigma, captions)
-    error = (prediction - x0) / jnp.maximum(wide, SHAPES.sigma_floor)
+    model = Shapes(CONFIG, remat=True)
+    prediction = jnp.asarray(model.apply({"params": params}, x, sigma, captions))
+    error = (prediction - x0) / jnp.maximum(wide, CONFIG.sigma_floor)
     return jnp.mean(jnp.square(error))
 
 

@@ -271,7 +271,7 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
 
     Imported here because Orbax takes a second to import, which `import sdq` need not pay.
     """
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+    import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     absl, checkpointer = logging.getLogger("absl"), ocp.Checkpointer(handler)

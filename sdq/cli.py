@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import rich.console
 
+import models
 import sdq
 from sdq import checkpoint, format_table, formats
 from sdq.leaf_table import bits_per_element, leaf_table
@@ -60,7 +62,71 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="folder that sdq.save wrote")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+    sample = commands.add_parser(
+        "sample",
+        help="sample videos with a quantised model",
+        description="Sample videos with a quantised model; writes an animation and a strip of "
+        "frames for each prompt.",
+    )
+    _add_model_options(sample)
+    sample.add_argument(
+        "--prompt", action="append", required=True, help="a caption; may be given several times"
+    )
+    sample.add_argument("--out", type=pathlib.Path, required=True, help="folder for the files")
+    sample.add_argument(
+        "--compare",
+        choices=["bf16"],
+        help="also sample this reference from the same noise and write report.html",
+    )
+    sample.add_argument(
+        "--video",
+        choices=["webp", "gif", "mp4"],
+        default="webp",
+        help='mp4 needs pip install "sdq[video]" (default: webp)',
+    )
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    sample.set_defaults(run=_sample)
     return top
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    """The options that say what is sampled and how."""
+    command.add_argument("--model", default="shapes", help="(default: shapes)")
+    command.add_argument(
+        "--weights", default="sdq32:16", metavar="FORMAT", help='or "bf16" (default: sdq32:16)'
+    )
+    command.add_argument(
+        "--acts", default="sdq32:16", metavar="FORMAT", help='or "bf16" (default: sdq32:16)'
+    )
+    command.add_argument("--steps", type=int, default=24, help="(default: 24)")
+    command.add_argument("--solver", default="unipc", help="unipc or euler (default: unipc)")
+    command.add_argument("--guidance", type=float, default=2.0, help="(default: 2)")
+
+
+def _sample(args: argparse.Namespace) -> int:
+    models.check_name(args.model)
+    from models.common.sampler import Sampler
+    from models.shapes import job
+    from models.shapes.config import CONFIG
+    from models.shapes.generate import Settings
+    from models.shapes.recipe import Recipe
+
+    sampler = Sampler(steps=args.steps, shift=CONFIG.shift, solver=args.solver)
+    written = job.run(
+        job.Job(
+            prompts=args.prompt,
+            recipe=Recipe(weights=args.weights, acts=args.acts),
+            settings=Settings(sampler=sampler, guidance=args.guidance),
+            out=args.out,
+            compare=args.compare is not None,
+            suffix=f".{args.video}",
+            seed=args.seed,
+            command=shlex.join(["sdq", *sys.argv[1:]]),
+        )
+    )
+    for path in written:
+        print(path)
+    return 0
 
 
 def _formats(args: argparse.Namespace) -> int:

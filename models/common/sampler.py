@@ -248,6 +248,6 @@ def _corrector(levels: np.ndarray, n: int, order: int) -> tuple[float, float, fl
         r = (_log_snr(levels[n - 2]) - now) / (then - now)
         phi2 = b_h / h - 1
         phi3 = phi2 / h - 0.5
-        weights = np.linalg.solve([[1, 1], [r, 1]], [phi2 / b_h, 2 * phi3 / b_h])
+        weights = np.linalg.solve(np.array([[1, 1], [r, 1]]), np.array([phi2, 2 * phi3]) / b_h)
     old, new = -(1 - levels[n]) * b_h * weights / np.array([r, 1.0])
     return x, x0 - old - new, old, new

@@ -6,6 +6,7 @@ drawn shapes are fitted to each (`fit.py`); tracks and radii over time give size
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,18 @@ import numpy as np
 
 from models.shapes.fit import fit_shapes
 from models.shapes.render import CELL, DARK, LIGHT, PALETTE, STRIPE
-from models.shapes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS
+from models.shapes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from models.shapes.world import FRAMES, GROWTH, PATTERN, RADII, WIDTH, Scene
 
 BRIGHT = 0.8  # a pixel that is surely a thing's
 DIM = 0.45  # a pixel that is surely background
 FULL = 0.92  # brightness of a pixel that a thing covers whole
-THING_AREA = 8.0  # bright pixels of a frame, on average, that make a thing
+THING_AREA = 14.0  # bright pixels of a frame, on average, that make a thing
+THIRD_AREA = 25.0  # that make a third one: where two things meet, their colours mix
 SEEN = 0.6  # of the visible shape must be there, in every frame
 SEEN_AREA = 10.0  # pixels of a shape that must be visible to judge a frame
 MISMATCH = 0.4  # between shape and mask, of the shape's area, at most
+UNSURE = 0.05  # added to the mismatch where hidden pixels were left out
 STILL = 1.5  # pixels of standard deviation
 WAY = 12.0  # pixels that a move covers at least
 STRAIGHT = 2.5  # pixels off the line or circle
@@ -69,18 +72,26 @@ def detect(video: jax.Array) -> Detection:
     first, second = masks[:, 0], masks[:, 1]
     hides = jnp.stack([_grown(second), _grown(first)], axis=1) > 0.1
     visible = 1 - (hides & (count > 1)).astype(jnp.float32)
-    fits = jax.vmap(jax.vmap(fit_shapes))(masks, visible)
-    weight = (fits.drawn > SEEN_AREA).astype(jnp.float32)  # [FRAMES, 2, shapes]
+    # Each thing as if it were in front, then as if the other may hide it.
+    views = (jnp.ones_like(visible), visible)
+    both = [jax.vmap(jax.vmap(fit_shapes))(masks, view) for view in views]
+    fits = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *both)
+    weight = (fits.drawn > SEEN_AREA).astype(jnp.float32)  # [FRAMES, 2, 2 shapes]
     mismatch = (fits.missed * weight).sum(0) / jnp.maximum((fits.drawn * weight).sum(0), 1e-3)
     mismatch = jnp.where(weight.sum(0) > FRAMES / 4, mismatch, jnp.inf)
-    shape = jnp.argmin(mismatch, axis=-1)
+    unsure = jnp.repeat(jnp.array([0.0, UNSURE]), len(SHAPES))[None]
+    chosen = jnp.argmin(mismatch + unsure, axis=-1)
+    shape = chosen % len(SHAPES)
 
     def best(values: jax.Array) -> jax.Array:
-        index = shape.reshape(1, 2, 1, *[1] * (values.ndim - 3))
+        index = chosen.reshape(1, 2, 1, *[1] * (values.ndim - 3))
         return jnp.take_along_axis(values, index, axis=2)[:, :, 0]
 
     weight, centres, radii = best(weight), best(fits.centre), best(fits.radius)
-    seen = best(fits.found) >= SEEN * best(fits.drawn)
+    seen = (best(fits.found) >= SEEN * best(fits.drawn)) & (weight > 0)
+    # Behind another thing it may be out of sight for a while.
+    missing = ((weight == 0) & (count > 1)).sum(axis=0)
+    whole = (seen | (weight == 0)).all(axis=0) & ((weight > 0).sum(axis=0) + missing == FRAMES)
     one_size, growth = jax.vmap(_size, (1, 1))(radii, weight)
     there = finite & (jnp.arange(2) < count)
     known = lambda found: jnp.where(there, found, -1)  # noqa: E731
@@ -91,7 +102,7 @@ def detect(video: jax.Array) -> Detection:
         shape=known(jnp.where(jnp.min(mismatch, axis=-1) < MISMATCH, shape, -1)),
         size=known(one_size),
         motion=known(jax.vmap(_motion, (1, 1, 0))(centres, weight, growth)),
-        whole=there & (seen | (weight == 0)).all(axis=0),
+        whole=there & whole & (missing <= FRAMES // 4),
         background=jnp.where(finite, background, -1),
         background_colour=jnp.where(finite, background_colour, -1),
         masks=masks,
@@ -137,7 +148,7 @@ def _things(video: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     nearest = distance.argmin(axis=-1)
     counts = [((nearest == c) & (bright > BRIGHT)).sum() / FRAMES for c in range(len(COLOURS))]
     area, colour = jax.lax.top_k(jnp.stack(counts), 3)
-    count = (area > THING_AREA).sum()
+    count = (area > jnp.array([THING_AREA, THING_AREA, THIRD_AREA])).sum()
     to_first, to_second = (jnp.take(distance, colour[i], axis=-1) for i in range(2))
     closer = jnp.where(to_first <= to_second, 1.0, -1.0)
     # The edge of a thing mixes with what is behind: it belongs to the sure pixels around it.
@@ -254,10 +265,10 @@ def _background(video: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Arra
     spread = jnp.sqrt((weight * jnp.square(tone - average)).sum() / total)
     patterns = jnp.asarray(_PATTERNS)  # [patterns, WIDTH * WIDTH]
     flat_weight, flat = weight.reshape(-1), ((tone - average) * weight).reshape(-1)
-    precise = {"precision": "highest"}
-    pattern_mean = jnp.matmul(patterns, flat_weight, **precise) / total
-    pattern_spread = jnp.matmul(patterns**2, flat_weight, **precise) / total - pattern_mean**2
-    agreement = jnp.matmul(patterns, flat, **precise) / total
+    dot = functools.partial(jnp.matmul, precision="highest")
+    pattern_mean = dot(patterns, flat_weight) / total
+    pattern_spread = dot(patterns**2, flat_weight) / total - pattern_mean**2
+    agreement = dot(patterns, flat) / total
     agreement = agreement / jnp.maximum(spread * jnp.sqrt(pattern_spread), 1e-6)
     best = agreement.argmax()
     kind = jnp.where(agreement[best] > 0.7, jnp.asarray(_KINDS)[best], -1)
@@ -270,7 +281,7 @@ def _background(video: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Arra
 def _patterns() -> tuple[np.ndarray, np.ndarray]:
     """All patterns that a background can have, flat, and which background each belongs to."""
     pixel = np.arange(WIDTH)
-    found = []
+    found: list[tuple[np.ndarray, str]] = []
     for dx in range(2 * CELL):
         for dy in range(CELL):
             squares = ((pixel[None] + dx) // CELL + (pixel[:, None] + dy) // CELL) % 2

@@ -39,7 +39,7 @@ class Settings:
     """
 
     sampler: Sampler = SAMPLER
-    guidance: float = 3.0
+    guidance: float = 2.0
     ops: Ops = PLAIN_OPS
     dtype: Any = jnp.bfloat16
 
@@ -50,7 +50,7 @@ def velocity(params: Any, tokens: jax.Array, settings: Settings) -> Velocity:
 
     def predict(x, sigma, step, state, tokens):
         levels = jnp.broadcast_to(sigma, len(x))
-        x0 = model.apply({"params": params}, x, levels, tokens)
+        x0 = jnp.asarray(model.apply({"params": params}, x, levels, tokens))
         return velocity_from_x0(x, x0, sigma, CONFIG.sigma_floor), state
 
     return guided(predict, tokens, jnp.zeros_like(tokens), settings.guidance)
@@ -81,12 +81,12 @@ def generate(
       trajectory: also return every step's x and velocity.
       on_step: called with the number of each finished step.
     """
-    x0, _, *seen = sample(
+    result = sample(
         velocity(params, tokens, settings),
         x,
         settings.sampler,
         trajectory=trajectory,
         on_step=on_step,
     )
-    videos = jnp.clip((x0 + 1) / 2, 0, 1)
-    return (videos, *seen) if seen else videos
+    videos = jnp.clip((result[0] + 1) / 2, 0, 1)
+    return (videos, result[-1]) if trajectory else videos

@@ -62,7 +62,7 @@ def render(scene: Scene) -> Clip:
 
 def background(scene: Scene) -> jax.Array:
     """Float32 `[WIDTH, WIDTH, 3]`."""
-    x, y = (np.arange(WIDTH) + scene.pattern[axis] for axis in (0, 1))
+    x, y = (jnp.arange(WIDTH) + scene.pattern[axis] for axis in (0, 1))
     squares = (x[None] // CELL + y[:, None] // CELL) % 2
     stripes = jnp.broadcast_to(x[None] // STRIPE % 2, squares.shape)
     ramp = jnp.broadcast_to(jnp.linspace(0.0, 1.0, WIDTH)[:, None], squares.shape)
@@ -79,7 +79,7 @@ def background(scene: Scene) -> jax.Array:
 
 
 def coverage(
-    centre: jax.Array, radius: jax.Array, shape: jax.Array, softness: float = 1.0
+    centre: jax.Array, radius: jax.Array, shape: jax.Array, softness: float | jax.Array = 1.0
 ) -> jax.Array:
     """How much of each pixel a shape covers, float32 `[WIDTH, WIDTH]`.
 
@@ -89,7 +89,7 @@ def coverage(
       shape: place in SHAPES.
       softness: width of the edge in pixels.
     """
-    pixel = np.arange(WIDTH, dtype=np.float32) + 0.5
+    pixel = jnp.arange(WIDTH, dtype=jnp.float32) + 0.5
     x, y = pixel[None, :] - centre[0], pixel[:, None] - centre[1]
     return jnp.clip(0.5 - distances(x, y, radius)[shape] / softness, 0, 1)
 

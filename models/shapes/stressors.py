@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TAIL = {16.0: 2 / 256, 8.0: 6 / 256, 4.0: 16 / 256, 2.0: 40 / 256}  # share of channels by scale
+TAIL = {8.0: 2 / 256, 4.0: 6 / 256, 2.0: 32 / 256}  # share of channels by scale
 
 
 def channel_scales(random: np.random.RandomState, shape: tuple[int, ...]) -> jax.Array:

@@ -199,7 +199,7 @@ SWINGS_Y = _per_motion(bounces_vertically=1)
 ORBITS = _per_motion(orbits_clockwise=1, orbits_anticlockwise=-1)
 
 
-def _pick(index: jax.Array, values: np.ndarray) -> jax.Array:
+def _pick(index: jax.Array, values: np.ndarray | jax.Array) -> jax.Array:
     return jnp.asarray(values)[index]
 
 
