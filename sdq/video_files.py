@@ -179,7 +179,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 def _mp4(frames: np.ndarray, fps: float) -> bytes:
     """H.264 in the pixel format that every player knows."""
     try:
-        import imageio_ffmpeg  # type: ignore[import-untyped]
+        import imageio_ffmpeg
 
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
