@@ -42,12 +42,7 @@ class Rule:
     select: str | None = None
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(
-                f"Rule pattern {self.pattern!r} is no regular expression: {error}"
-            ) from None
+        check_pattern(self.pattern)
         if self.format is not None:
             checked_rule(self.select, formats.parse(self.format))
 
@@ -177,6 +172,14 @@ def flatten(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves have the path {path!r}")
         found[path] = leaf
     return found
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError unless `pattern` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
 
 def path_of(keys: tuple) -> str:

@@ -8,6 +8,7 @@ import jax
 
 from models.common.layers import Ops
 from sdq import fake_quantize, formats
+from sdq.rules import check_pattern
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class SiteRule:
     select: str | None = None
 
     def __post_init__(self):
-        re.compile(self.pattern)
+        check_pattern(self.pattern)
         if self.format is not None:
             formats.parse(self.format)
 

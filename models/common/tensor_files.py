@@ -13,7 +13,8 @@ import safetensors.numpy
 class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of some safetensors files by name, each read from disk when it is asked for."""
 
-    def __init__(self, files: Mapping[str, pathlib.Path]):
+    def __init__(self, where: pathlib.Path, files: Mapping[str, pathlib.Path]):
+        self.where = where  # for messages
         self._files = dict(files)  # name -> file
         self._open = {path: _opened(path) for path in dict.fromkeys(files.values())}
 
@@ -52,15 +53,15 @@ def open_tensors(path: str | os.PathLike) -> TensorFiles:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix != ".json":
-        return TensorFiles(dict.fromkeys(_opened(path).keys(), path))
+        return TensorFiles(path, dict.fromkeys(_opened(path).keys(), path))
     try:
-        index = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        shards = json.loads(path.read_text())["weight_map"].items()
+        files = {name: path.parent / shard for name, shard in shards}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of safetensors shards ({error!r})") from None
-    files = {name: path.parent / shard for name, shard in index.items()}
     if missing := sorted({str(file) for file in files.values() if not file.exists()}):
         raise FileNotFoundError(f"{path}: shards are missing: {', '.join(missing)}")
-    tensors = TensorFiles(files)
+    tensors = TensorFiles(path, files)
     for file in dict.fromkeys(files.values()):
         listed = {name for name, where in files.items() if where == file}
         held = set(_opened(file).keys())
@@ -87,7 +88,7 @@ def save_tensors(
     """
     path = pathlib.Path(path)
     part = path.with_name(f".{path.name}.part")
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file(tensors, part, dict(metadata or {}))

@@ -19,9 +19,9 @@ from models.shapes import recipe as recipes
 from models.shapes.compare import Model, layer_sqnr_db, step_sqnr_db
 from models.shapes.detect import detect, verdicts
 from models.shapes.generate import Settings, generate, start
+from models.shapes.params import load
 from models.shapes.recipe import KEEP, Recipe
 from models.shapes.vocabulary import parse, tokenize
-from models.shapes.weights import load
 from models.shapes.world import scene_of
 from sdq import LeafReport
 from sdq.report import Clip, Memory, Report, measure_clip, write_report

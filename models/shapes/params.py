@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models.common.tensor_files import open_tensors
+from models.common.weights import Source, params_from_tensors
 from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
 from models.shapes.stressors import stress
@@ -32,24 +32,10 @@ def load(path: str | os.PathLike = WEIGHTS, *, stressed: bool = True) -> Any:
       FileNotFoundError: no such file.
       ValueError: a damaged file, or not this model's weights; lists every difference.
     """
-    tensors = open_tensors(path)
-    expected = {
-        path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params())
-    }
-    problems = [f"- {name}: missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"+ {name}: not a weight of this model" for name in tensors.keys() - expected]
-    for name in expected.keys() & tensors.keys():
-        if tensors.shape(name) != expected[name].shape:
-            problems.append(
-                f"! {name}: expected {list(expected[name].shape)}, got {list(tensors.shape(name))}"
-            )
-        elif not np.isfinite(np.asarray(tensors[name], np.float32)).all():
-            problems.append(f"! {name}: holds NaN or Inf")
-    if problems:
-        raise ValueError(f"{path} is no shapes model:\n  " + "\n  ".join(sorted(problems)))
-    params = jax.tree_util.tree_map_with_path(
-        lambda keys, _: jnp.asarray(tensors[path_of(keys)]), abstract_params()
-    )
+    abstract = abstract_params()
+    names = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    sources = {name: Source(name) for name in names}
+    params = params_from_tensors(open_tensors(path), sources, abstract)
     return stress(params) if stressed else params
 
 
