@@ -8,13 +8,10 @@ account of the compiled program: argument, output and temporaries, as multiples 
 
 import argparse
 import dataclasses
-import datetime
-import json
 import os
 import pathlib
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 import rich.progress
 
 import sdq
+from scripts import _results as results
 from sdq import distributions, format_table
 
 SHAPE = (2048, 4096)
@@ -70,41 +68,22 @@ def median_seconds(function: Callable, runs: int) -> float:
     return statistics.median(seconds)
 
 
-def environment() -> dict[str, str]:
-    """Where and when the numbers were made, and how."""
-    return {
-        "command": "python -m scripts.bench_quantize " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "sdq": sdq.__version__,
-        "array": f"float32 {list(SHAPE)}, Gaussian",
-    }
-
-
-def to_markdown(results: list[Result], where: dict[str, str]) -> str:
+def to_markdown(rows: list[Result], where: dict[str, str]) -> str:
     """The page that goes into docs/results."""
-    lines = [
-        "# Quantisation throughput",
-        "",
-        *(
-            f"- {key}: {f'`{value}`' if key == 'command' else value}"
-            for key, value in where.items()
-        ),
-        "",
+    return results.page(
+        "Quantisation throughput",
+        where,
         "Million elements a second, medians. Peak: argument, output and temporaries of the program "
         "as multiples of the leaf. Axis -1: the quantised axis is contiguous; axis 0: it is not.",
         "",
         "| format | choice | axis | quantise M/s | dequantise M/s | peak |",
         "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{r.format}` | {r.select or ''} | {r.axis} | {r.quantize_melements_per_s:.0f} | "
-        f"{r.dequantize_melements_per_s:.0f} | {r.peak_bytes_per_leaf_byte:.2f} |"
-        for r in results
-    ]
-    return "\n".join(lines) + "\n"
+        *(
+            f"| `{r.format}` | {r.select or ''} | {r.axis} | {r.quantize_melements_per_s:.0f} | "
+            f"{r.dequantize_melements_per_s:.0f} | {r.peak_bytes_per_leaf_byte:.2f} |"
+            for r in rows
+        ),
+    )
 
 
 def main() -> None:
@@ -125,23 +104,22 @@ def main() -> None:
         for rule in format_table.select_rules(sdq.format(name))
         for axis in (-1, 0)
     ]
-    results = [
+    rows = [
         measure(*case, args.runs)
         for case in rich.progress.track(
             cases, description="bench", console=rich.console.Console(stderr=True)
         )
     ]
-    page = to_markdown(results, environment())
+    where = results.environment(
+        "bench_quantize",
+        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        array=f"float32 {list(SHAPE)}, Gaussian",
+    )
+    page = to_markdown(rows, where)
     print(page)
     if args.out:
-        stem = f"quantize_{jax.default_backend()}"
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{stem}.md").write_text(page)
-        document = {
-            "environment": environment(),
-            "results": [dataclasses.asdict(r) for r in results],
-        }
-        (args.out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+        document = {"environment": where, "results": [dataclasses.asdict(row) for row in rows]}
+        results.write(args.out, f"quantize_{jax.default_backend()}", page, document)
 
 
 if __name__ == "__main__":

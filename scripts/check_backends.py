@@ -9,16 +9,14 @@ where any byte differs.
 
 import argparse
 import collections
-import datetime
-import json
 import pathlib
-import platform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sdq
+from scripts import _results as results
 from sdq import distributions, format_table
 
 SHAPE = (128, 1024)
@@ -76,27 +74,19 @@ def main() -> None:
                     cases += 1
                     if count := differing_bytes(x, name, rule, axis):
                         differing[f"{name} {rule or ''} axis {axis} on {kind}"] = count
-    device = jax.devices()[0].device_kind
-    where = {
-        "command": "`python -m scripts.check_backends --out docs/results`",
-        "date": datetime.date.today().isoformat(),
-        "device": f"{device} against the CPU",
-        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
-        "cases": f"{cases} (formats x ways to choose x {len(data)} kinds of data x 2 axes)",
-        "cases that differ": str(len(differing)),
-    }
-    lines = ["# The same bits on every backend", "", *(f"- {k}: {v}" for k, v in where.items())]
-    if differing:
-        lines += ["", "| case | bytes that differ |", "|---|---|"]
-        lines += [f"| {case} | {count} |" for case, count in differing.items()]
-    page = "\n".join(lines) + "\n"
+    where = results.environment(
+        "check_backends",
+        device=f"{jax.devices()[0].device_kind} against the CPU",
+        cases=f"{cases} (formats x ways to choose x {len(data)} kinds of data x 2 axes)",
+        differing=f"{len(differing)} cases",
+    )
+    rows = [f"| {case} | {count} |" for case, count in differing.items()]
+    table = ["| case | bytes that differ |", "|---|---|", *rows] if differing else []
+    page = results.page("The same bits on every backend", where, *table)
     print(page)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = f"backends_{jax.default_backend()}"
-        (args.out / f"{stem}.md").write_text(page)
         document = {"environment": where, "differing": differing}
-        (args.out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+        results.write(args.out, f"backends_{jax.default_backend()}", page, document)
     raise SystemExit(1 if differing else 0)
 
 

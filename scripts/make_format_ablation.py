@@ -7,14 +7,11 @@ are fitted anew on the way, a minute each.
 """
 
 import argparse
-import datetime
-import json
 import pathlib
-import platform
 
 import numpy as np
 
-import sdq
+from scripts._results import environment, page, write
 from scripts.fit_formatbook import fitted_dialects
 from sdq import distributions
 from sdq.formatbook import COARSE_LIMIT, EXPONENT_WINDOW, FIRST_TOP, SDQ32, SHAPES_PER_TOP
@@ -113,10 +110,6 @@ def to_markdown(results: dict[str, dict[str, float]], where: dict[str, str]) -> 
     columns = list(results)
     variants = list(results[columns[0]])
     lines = [
-        "# What each choice in the design of sdq32 costs or gains",
-        "",
-        *(f"- {key}: {value}" for key, value in where.items()),
-        "",
         "SQNR in dB; below the first row the difference to it.",
         "",
         "| variant | " + " | ".join(columns) + " |",
@@ -127,7 +120,7 @@ def to_markdown(results: dict[str, dict[str, float]], where: dict[str, str]) -> 
     for variant in variants[1:]:
         cells = (f"{results[c][variant] - base[c]:+.2f}" for c in columns)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return page("What each choice in the design of sdq32 costs or gains", where, *lines)
 
 
 def main() -> None:
@@ -146,20 +139,14 @@ def main() -> None:
         for name in distributions.DISTRIBUTIONS
         for block in (16, 32)
     }
-    where = {
-        "command": "`python -m scripts.make_format_ablation --out docs/results`",
-        "date": datetime.date.today().isoformat(),
-        "versions": f"sdq {sdq.__version__}, numpy {np.__version__}, "
-        f"Python {platform.python_version()}",
-        "data": f"{ROWS} rows of 2048 of each kind, seed {SEED}; columns: kind, block",
-    }
-    page = to_markdown(results, where)
-    print(page)
+    where = environment(
+        "make_format_ablation",
+        data=f"{ROWS} rows of 2048 of each kind, seed {SEED}; columns: kind, block",
+    )
+    text = to_markdown(results, where)
+    print(text)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "format_ablation.md").write_text(page)
-        document = {"environment": where, "results": results}
-        (args.out / "format_ablation.json").write_text(json.dumps(document, indent=1) + "\n")
+        write(args.out, "format_ablation", text, {"environment": where, "results": results})
 
 
 if __name__ == "__main__":

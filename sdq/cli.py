@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="folder that sdq.save wrote")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+
     sample = commands.add_parser(
         "sample",
         help="sample videos with a quantised model",
@@ -86,6 +87,21 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a quantised model against bf16",
+        description="Sample captions that training never saw, each from the same noise as bf16, "
+        "and measure how much of them is right, how far the videos are from those of bf16, and "
+        "the error of each step. Beside it stands the noise floor: bf16 with its sums in another "
+        "order.",
+    )
+    _add_model_options(evaluate)
+    evaluate.add_argument("--prompts", type=int, default=8, help="how many (default: 8)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of captions, noise (default: 0)")
+    evaluate.add_argument("--batch", type=int, default=8, help="videos at once (default: 8)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(run=_evaluate)
     return top
 
 
@@ -103,20 +119,29 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance", type=float, default=2.0, help="(default: 2)")
 
 
-def _sample(args: argparse.Namespace) -> int:
+def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The Recipe and the Settings that `_add_model_options` asked for."""
     models.check_name(args.model)
     from models.common.sampler import Sampler
-    from models.shapes import job
     from models.shapes.config import CONFIG
     from models.shapes.generate import Settings
     from models.shapes.recipe import Recipe
 
     sampler = Sampler(steps=args.steps, shift=CONFIG.shift, solver=args.solver)
+    return Recipe(weights=args.weights, acts=args.acts), Settings(
+        sampler=sampler, guidance=args.guidance
+    )
+
+
+def _sample(args: argparse.Namespace) -> int:
+    recipe, settings = _model_options(args)
+    from models.shapes import job
+
     written = job.run(
         job.Job(
             prompts=args.prompt,
-            recipe=Recipe(weights=args.weights, acts=args.acts),
-            settings=Settings(sampler=sampler, guidance=args.guidance),
+            recipe=recipe,
+            settings=settings,
             out=args.out,
             compare=args.compare is not None,
             suffix=f".{args.video}",
@@ -126,6 +151,26 @@ def _sample(args: argparse.Namespace) -> int:
     )
     for path in written:
         print(path)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    recipe, settings = _model_options(args)
+    from models.shapes import evaluation
+    from models.shapes.scores import Task
+
+    task = Task(prompts=args.prompts, seed=args.seed, batch=min(args.batch, args.prompts))
+    measured = evaluation.evaluate([recipe], settings, task)
+    conditions = evaluation.conditions(settings, task)
+    if args.json:
+        print(json.dumps({**conditions, "results": measured}, indent=1))
+    else:
+        table = evaluation.to_rich(
+            measured,
+            caption=f"{task.prompts} captions that training never saw, seed {task.seed}, on "
+            f"{conditions['device']}; ± standard error",
+        )
+        rich.console.Console().print(table)
     return 0
 
 

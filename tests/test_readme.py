@@ -1,4 +1,4 @@
-"""What the documents promise: README blocks run, commands and scripts answer --help."""
+"""What the documents promise: blocks of READMEs run, commands and scripts answer --help."""
 
 import pathlib
 import re
@@ -11,14 +11,18 @@ from sdq import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = {
+    f"{path.relative_to(ROOT)}-{n}": block
+    for path in [ROOT / "README.md", *sorted((ROOT / "models").rglob("README.md"))]
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+}
 
 
-def test_readme_has_examples():
-    assert BLOCKS
+def test_readmes_have_examples():
+    assert len(BLOCKS) >= 3
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_readme_block_runs(block, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True

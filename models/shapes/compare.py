@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,19 +28,34 @@ class Model:
     settings: Settings
 
 
-@functools.partial(jax.jit, static_argnames=("settings",))
-def _velocities(params, tokens, x, levels, *, settings: Settings):
-    def one(_, step):
-        return None, velocity(params, tokens, settings)(step[0], step[1], jnp.int32(0), ())[0]
-
-    return jax.lax.scan(one, None, (x, levels))[1]
-
-
-def step_sqnr_db(model: Model, tokens: jax.Array, reference: Trajectory) -> np.ndarray:
+def step_sqnr_db(
+    model: Model,
+    tokens: jax.Array,
+    reference: Trajectory,
+    on_step: Callable[[np.ndarray], None] | None = None,
+) -> np.ndarray:
     """Teacher-forced: SQNR of the velocity where the reference was at each step, `[steps, B]`."""
     levels = jnp.asarray(sigmas(model.settings.sampler)[:-1], jnp.float32)
-    v = _velocities(model.params, tokens, reference.x, levels, settings=model.settings)
-    return np.asarray(jax.vmap(jax.vmap(sqnr_db))(reference.v, v))
+    return np.asarray(
+        _step_sqnr_db(
+            model.params, tokens, reference, levels, settings=model.settings, on_step=on_step
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "on_step"))
+def _step_sqnr_db(params, tokens, reference, levels, *, settings: Settings, on_step):
+    predict = velocity(params, tokens, settings)
+
+    def one(_, step):
+        seen, level, number = step
+        v, _ = predict(seen.x, level, number, ())
+        decibels = jax.vmap(sqnr_db)(seen.v, v)
+        if on_step is not None:
+            jax.debug.callback(lambda number, _: on_step(number), number, decibels)
+        return None, decibels
+
+    return jax.lax.scan(one, None, (reference, levels, jnp.arange(len(levels))))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -66,18 +82,19 @@ def layer_sqnr_db(
     }
 
 
-@jax.jit
-def clip_scores(scene: Scene, reference: jax.Array, video: jax.Array) -> dict[str, Any]:
+def clip_scores(
+    scene: Scene, reference: jax.Array, known: Detection, video: jax.Array
+) -> dict[str, Any]:
     """Everything that is measured on one clip, against the reference clip of the same noise.
 
-    Flow and static pixels come from the things that are detected in the reference.
-
     Args:
-      scene: what the caption says (`scene_of`).
+      scene: what the caption says.
       reference: `[*VIDEO]` in [0, 1].
+      known: what is detected in it: says which pixels should rest, and how the others move.
       video: `[*VIDEO]`.
+    Returns:
+      Scalars by name; "right" holds the verdicts.
     """
-    known = detect(reference)
     return {
         "psnr_db": video_metrics.psnr_db(reference, video),
         "ssim": video_metrics.ssim(reference, video).mean(),

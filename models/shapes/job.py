@@ -1,19 +1,16 @@
 """What `sdq sample --model shapes` does: sample captions, compare with a reference, report."""
 
-import contextlib
 import dataclasses
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 import sdq
+from models.common.progress import step_bar
 from models.common.sampler import sigmas
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model, layer_sqnr_db, step_sqnr_db
@@ -69,7 +66,8 @@ def run(job: Job) -> list[pathlib.Path]:
     written: list[pathlib.Path] = []
     clips: list[Clip] = []
     steps: list[np.ndarray] = []
-    with _progress(job) as step_done:
+    total = len(captions) * job.settings.sampler.steps * (3 if job.compare else 1)
+    with step_bar("sample", total) as step_done:
         for number, caption in enumerate(captions):
             tokens = jnp.asarray(tokenize(str(caption)))[None]
             x = start(jax.random.key(job.seed), np.array([number]))
@@ -86,7 +84,7 @@ def run(job: Job) -> list[pathlib.Path]:
                     trajectory=True,
                     on_step=step_done,
                 )
-                steps.append(step_sqnr_db(quantised, tokens, seen))
+                steps.append(step_sqnr_db(quantised, tokens, seen, step_done))
                 right = {
                     who: verdicts(scene_of(caption, jax.random.key(0)), detect(clip))
                     for who, clip in (("reference", videos[0]), ("quantised", video))
@@ -164,20 +162,3 @@ def _environment(job: Job) -> dict[str, Any]:
         "sampler": f"{sampler.solver}, {sampler.steps} steps, shift {sampler.shift:g}, "
         f"guidance {job.settings.guidance:g}, seed {job.seed}",
     }
-
-
-@contextlib.contextmanager
-def _progress(job: Job) -> Iterator[Any]:
-    """A bar over all steps of all videos; yields the callback that a finished step calls."""
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("sample"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=rich.console.Console(file=sys.stderr),
-    )
-    with bar:
-        total = len(job.prompts) * job.settings.sampler.steps * (2 if job.compare else 1)
-        task = bar.add_task("sample", total=total)
-        yield lambda _: bar.advance(task)
-        jax.effects_barrier()

@@ -1,0 +1,145 @@
+"""What `sdq evaluate --model shapes` does: recipes against bf16, as means with standard errors."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.table
+
+import sdq
+from models.shapes import recipe as recipes
+from models.shapes.compare import Model
+from models.shapes.generate import Settings
+from models.shapes.params import load
+from models.shapes.recipe import KEEP, Recipe
+from models.shapes.scores import Scores, Task, reordered, score
+from sdq.manifest import to_json_number
+
+FLOOR = "floor"  # the noise floor's name
+
+ATTRIBUTES = {
+    "count": "number of things",
+    "colour": "colours",
+    "shape": "shapes",
+    "size": "sizes",
+    "motion": "motions",
+    "background": "background",
+    "all": "everything",
+    "one_thing": "everything, one thing",
+}
+MEASURES = {  # name: (words, digits)
+    "psnr_db": ("PSNR to the reference, dB", 2),
+    "ssim": ("SSIM to the reference", 4),
+    "flicker": ("flicker where nothing moves", 4),
+    "warping_error": ("error along the motion", 4),
+}
+
+
+def evaluate(chosen: Sequence[Recipe], settings: Settings, task: Task) -> dict[str, Any]:
+    """Measure recipes.
+
+    Returns:
+      A `summary` by name, for JSON: KEEP is the reference, FLOOR the noise floor, then each recipe
+      by its words.
+    """
+    params = load()
+    models = {FLOOR: Model(reordered(params), settings)}
+    for recipe in chosen:
+        models[str(recipe)] = Model(*recipes.apply(params, recipe, settings))
+    scores = score(Model(params, settings), models, task)
+    reference = scores.pop("reference")
+    return {KEEP: summary(reference, reference)} | {
+        name: summary(other, reference) for name, other in scores.items()
+    }
+
+
+def conditions(settings: Settings, task: Task) -> dict[str, Any]:
+    """What the numbers depend on besides the recipe, for JSON."""
+    return {
+        "model": "shapes",
+        **dataclasses.asdict(task),
+        "sampler": dataclasses.asdict(settings.sampler) | {"guidance": settings.guidance},
+        "device": jax.devices()[0].device_kind,
+        "versions": {"sdq": sdq.__version__, "jax": jax.__version__},
+    }
+
+
+def summary(scores: Scores, reference: Scores) -> dict[str, Any]:
+    """Means and standard errors of everything; accuracies are shares in [0, 1].
+
+    "change" is against the reference, prompt by prompt, so its error is smaller than that of two
+    independent samples. Clips that a measure cannot judge in the reference (nothing rests in
+    them, say) are left out of it.
+    """
+    accuracy, change = {}, {}
+    for name in ATTRIBUTES:
+        right, before = (_right(which, name) for which in (scores, reference))
+        accuracy[name] = _mean(right)
+        change[name] = _mean(right - before)
+    return {
+        "accuracy": accuracy,
+        "change": change,
+        **{
+            name: _mean(getattr(scores, name)[np.isfinite(getattr(reference, name))])
+            if name in ("flicker", "warping_error")
+            else _mean(getattr(scores, name))
+            for name in MEASURES
+        },
+        "step_sqnr_db": [to_json_number(float(step.mean())) for step in scores.step_sqnr_db],
+    }
+
+
+def to_rich(columns: Mapping[str, dict[str, Any]], caption: str) -> rich.table.Table:
+    """A table of summaries, a column each."""
+    table = rich.table.Table(caption=caption, caption_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, words in ATTRIBUTES.items():
+        cells = (_percent(column["accuracy"][name]) for column in columns.values())
+        table.add_row(f"right {words}, %", *cells)
+    table.add_section()
+    for name, (words, digits) in MEASURES.items():
+        table.add_row(words, *(_with_error(column[name], digits) for column in columns.values()))
+    table.add_section()
+    steps = max(len(column["step_sqnr_db"]) for column in columns.values())
+    for words, step in (("first", 0), ("middle", steps // 2), ("last", steps - 1)):
+        cells = (
+            f"{float(column['step_sqnr_db'][step]):.1f}" if column["step_sqnr_db"] else ""
+            for column in columns.values()
+        )
+        table.add_row(f"SQNR of the velocity, {words} step, dB", *cells)
+    return table
+
+
+def _right(scores: Scores, name: str) -> np.ndarray:
+    """Float `[prompts]`, of "one_thing" those prompts alone."""
+    if name == "one_thing":
+        return scores.right["all"][scores.one_thing].astype(float)
+    return scores.right[name].astype(float)
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    """Mean and its standard error; None where there are too few values to know."""
+    count, values = len(values), np.asarray(values, np.float64)
+    known = count > 1 and np.isfinite(values).all()
+    return {
+        "mean": to_json_number(float(values.mean())) if count else None,
+        "error": float(values.std(ddof=1) / count**0.5) if known else None,
+    }
+
+
+def _percent(number: dict[str, Any]) -> str:
+    if number["mean"] is None:
+        return "-"
+    error = "" if number["error"] is None else f" ± {100 * number['error']:.1f}"
+    return f"{100 * number['mean']:.1f}{error}"
+
+
+def _with_error(number: dict[str, Any], digits: int) -> str:
+    if not isinstance(number["mean"], float):
+        return str(number["mean"] or "-")
+    error = "" if number["error"] is None else f" ± {number['error']:.{digits}f}"
+    return f"{number['mean']:.{digits}f}{error}"

@@ -1,0 +1,140 @@
+"""Measure quantised shapes models on held-out captions, each from the same noise as the reference.
+
+The noise floor beside them is the reference in another order of its channels: the same function,
+whose sums round otherwise. What a metric says of it is what the metric says of nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.common.progress import step_bar
+from models.shapes.compare import Model, clip_scores, step_sqnr_db
+from models.shapes.detect import detect
+from models.shapes.generate import generate, start
+from models.shapes.world import Scene, caption_tokens, sample_scene
+
+CLIPS_AT_ONCE = 8  # that are measured together
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Which captions and noise.
+
+    Attributes:
+      prompts: captions, drawn from those that training never sees.
+      seed: of captions and noise; a caption's number alone decides both, whatever the batch.
+      batch: videos sampled at once.
+    """
+
+    prompts: int
+    seed: int = 0
+    batch: int = 8
+
+    def __post_init__(self):
+        for name in ("prompts", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number from 1 up, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Of one model, each array over the prompts.
+
+    Attributes:
+      right: bool `[prompts]` by attribute; "one_thing" is "all" where the caption has one thing.
+      one_thing: bool `[prompts]`, whether the caption has one thing.
+      psnr_db, ssim: against the reference.
+      flicker: on the pixels that rest in the reference.
+      warping_error: along the motion in the reference.
+      step_sqnr_db: `[steps, prompts]`, of the velocity where the reference was.
+    """
+
+    right: dict[str, np.ndarray]
+    one_thing: np.ndarray
+    psnr_db: np.ndarray
+    ssim: np.ndarray
+    flicker: np.ndarray
+    warping_error: np.ndarray
+    step_sqnr_db: np.ndarray
+
+
+def score(reference: Model, others: Mapping[str, Model], task: Task) -> dict[str, Scores]:
+    """Scores of every model by name; the reference's own are "reference".
+
+    The models' samplers must be the reference's. Draws a progress bar on stderr.
+    """
+    sampler = reference.settings.sampler
+    if any(model.settings.sampler != sampler for model in others.values()):
+        raise ValueError("all models must be sampled as the reference is")
+    batches = -(-task.prompts // task.batch)
+    found: dict[str, list[dict[str, Any]]] = {"reference": [], **{name: [] for name in others}}
+    with step_bar("evaluate", batches * sampler.steps * (1 + 2 * len(others))) as step_done:
+        for scenes, x in _batches(task):
+            tokens = jax.vmap(caption_tokens)(scenes)
+            videos, seen = generate(
+                reference.params,
+                tokens,
+                x,
+                settings=reference.settings,
+                trajectory=True,
+                on_step=step_done,
+            )
+            known = _detected(videos)
+            found["reference"].append(_measured(scenes, videos, known, videos))
+            for name, model in others.items():
+                other = generate(
+                    model.params, tokens, x, settings=model.settings, on_step=step_done
+                )
+                scores = _measured(scenes, videos, known, other)
+                scores["step_sqnr_db"] = step_sqnr_db(model, tokens, seen, step_done).T
+                found[name].append(scores)
+    return {name: _joined(parts, task.prompts) for name, parts in found.items()}
+
+
+def reordered(params: Any, seed: int = 0) -> Any:
+    """The same function, the hidden channels of the feed-forward networks in another order."""
+    blocks = params["dit"]["blocks"]
+    up, down = blocks["ffn"]["up"], blocks["ffn"]["down"]
+    order = np.random.RandomState(seed).permutation(up["bias"].shape[-1])
+    ffn = {
+        "up": {"kernel": up["kernel"][..., order], "bias": up["bias"][..., order]},
+        "down": down | {"kernel": down["kernel"][..., order, :]},
+    }
+    return params | {"dit": params["dit"] | {"blocks": blocks | {"ffn": ffn}}}
+
+
+def _batches(task: Task) -> Iterator[tuple[Scene, jax.Array]]:
+    """Scenes and noise; the last batch is filled up with prompts that nobody asked for."""
+    key = jax.random.key(task.seed)
+    draw = jax.jit(jax.vmap(lambda n: sample_scene(jax.random.fold_in(key, n), held_out=True)))
+    for first in range(0, task.prompts, task.batch):
+        numbers = jnp.arange(first, first + task.batch)
+        yield draw(numbers), start(key, numbers)
+
+
+@jax.jit
+def _detected(videos: jax.Array) -> Any:
+    return jax.lax.map(detect, videos, batch_size=CLIPS_AT_ONCE)
+
+
+@jax.jit
+def _measured(scenes: Scene, references: jax.Array, known: Any, videos: jax.Array) -> Any:
+    """`clip_scores` of every clip, and which captions have one thing."""
+    scores = jax.lax.map(
+        lambda clip: clip_scores(*clip),
+        (scenes, references, known, videos),
+        batch_size=CLIPS_AT_ONCE,
+    )
+    return {**scores, "one_thing": scenes.count == 1}
+
+
+def _joined(parts: list[dict[str, Any]], prompts: int) -> Scores:
+    """Batches to arrays over all prompts."""
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:prompts], *parts)
+    steps = joined.pop("step_sqnr_db", np.zeros((prompts, 0)))
+    return Scores(**joined, step_sqnr_db=steps.T)

@@ -1,0 +1,45 @@
+"""Results files: what was measured, where, when and how, as a page and as JSON beside it."""
+
+import datetime
+import json
+import pathlib
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+import sdq
+
+
+def environment(script: str, **more: str) -> dict[str, str]:
+    """Where and when numbers were made, and with which command line.
+
+    Args:
+      script: the module's name.
+      more: further lines.
+    """
+    return {
+        "command": shlex.join(["python", "-m", f"scripts.{script}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "versions": f"sdq {sdq.__version__}, jax {jax.__version__}, "
+        f"Python {platform.python_version()}",
+        **more,
+    }
+
+
+def page(title: str, where: dict[str, str], *body: str) -> str:
+    """A Markdown page: title, environment, lines."""
+    lines = [
+        f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in where.items()
+    ]
+    return "\n".join([f"# {title}", "", *lines, "", *body]) + "\n"
+
+
+def write(folder: pathlib.Path, stem: str, text: str, document: Any) -> None:
+    """Write `<stem>.md` and `<stem>.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
