@@ -34,7 +34,7 @@ SWING = (18.0, 32.0)  # pixels from one turning point to the other
 SWING_PERIOD = (0.6, 0.9)  # in clips: at least two turns
 ORBIT = (8.0, 14.0)  # radius in pixels
 ORBIT_TURNS = (0.85, 1.0)
-PLACEMENTS = 32  # tried for the second thing
+PLACEMENTS = 128  # tried for two things
 MOST_HIDDEN = 0.5  # of the second thing's width, at worst
 HELD_OUT = 8  # one caption in so many is never trained on
 PATTERN = 16  # pixels after which every background repeats
@@ -210,22 +210,24 @@ def _code(said: dict[str, jax.Array]) -> jax.Array:
 
 
 def _placed(key: jax.Array, said: dict[str, jax.Array]) -> Scene:
-    """A scene that shows what is said; the second thing is put where it can be seen."""
+    """A scene that shows what is said, two things so that both can be seen."""
     keys = jax.random.split(key, 3)
     pattern = jax.random.randint(keys[0], (2,), 0, PATTERN)
-    first = _movement(keys[1], said["size"][0], said["motion"][0])
-    second = jax.vmap(_movement, (0, None, None))(
-        jax.random.split(keys[2], PLACEMENTS), said["size"][1], said["motion"][1]
+    first, second = (
+        jax.vmap(_movement, (0, None, None))(
+            jax.random.split(keys[1 + i], PLACEMENTS), said["size"][i], said["motion"][i]
+        )
+        for i in range(2)
     )
 
-    def joined(second: dict[str, jax.Array]) -> Scene:
+    def joined(first: dict[str, jax.Array], second: dict[str, jax.Array]) -> Scene:
         pairs = {name: jnp.stack([first[name], second[name]]) for name in first}
         return Scene(**said, **pairs, pattern=pattern)
 
-    hidden = jax.vmap(lambda movement: _hidden(joined(movement)))(second)
-    # The first place that hides little, else the one that hides least.
+    hidden = jax.vmap(lambda *movements: _hidden(joined(*movements)))(first, second)
+    # The first placement that hides little, else the one that hides least.
     best = jnp.argmin(jnp.maximum(hidden, MOST_HIDDEN))
-    return joined({name: values[best] for name, values in second.items()})
+    return joined(*jax.tree.map(lambda values: values[best], (first, second)))
 
 
 def _hidden(scene: Scene) -> jax.Array:

@@ -1,0 +1,85 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import rich.console
+
+from models.shapes.evaluation import ATTRIBUTES, summary, to_rich
+from models.shapes.scores import Scores
+from sdq import cli
+
+
+def made(right, **changes):
+    """Scores of four prompts, the first two with one thing."""
+    names = [name for name in ATTRIBUTES if name != "one_thing"]
+    right = dict.fromkeys(names, np.array(right, bool))
+    values = {
+        "psnr_db": np.array([20.0, 22.0, 24.0, 26.0], np.float32),
+        "ssim": np.full(4, 0.5, np.float32),
+        "flicker": np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        "warping_error": np.full(4, 0.1, np.float32),
+        "step_sqnr_db": np.array([[10.0] * 4, [20.0] * 4], np.float32),
+    }
+    one_thing = np.array([True, True, False, False])
+    return Scores(right=right, one_thing=one_thing, **(values | changes))
+
+
+REFERENCE = made([1, 1, 1, 0], psnr_db=np.full(4, np.inf), step_sqnr_db=np.zeros((0, 4)))
+
+
+def test_means_and_errors():
+    found = summary(made([1, 0, 1, 0]), REFERENCE)
+    assert found["accuracy"]["all"]["mean"] == 0.5
+    assert found["accuracy"]["one_thing"]["mean"] == 0.5
+    assert found["change"]["all"] == {"mean": -0.25, "error": 0.25}
+    assert found["change"]["one_thing"]["mean"] == -0.5
+    assert found["psnr_db"]["mean"] == 23
+    assert found["psnr_db"]["error"] == pytest.approx(np.std([20, 22, 24, 26], ddof=1) / 2)
+    assert found["step_sqnr_db"] == [10, 20]
+
+
+def test_a_clip_that_cannot_be_judged_in_the_reference_is_left_out_but_no_other():
+    unknown = np.array([np.nan, 0.2, 0.3, 0.4])
+    found = summary(made([1] * 4), made([1] * 4, flicker=unknown))
+    assert found["flicker"]["mean"] == pytest.approx(0.3)
+    broken = summary(made([1] * 4, flicker=unknown), REFERENCE)
+    assert broken["flicker"] == {"mean": "nan", "error": None}
+
+
+def test_everything_goes_into_json_and_the_table():
+    results = {"bf16": summary(REFERENCE, REFERENCE), "int8": summary(made([1] * 4), REFERENCE)}
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    console = rich.console.Console(width=200, file=io.StringIO())
+    console.print(to_rich(results, "four prompts"))
+    text = console.file.getvalue()
+    for cell in ("right motions, %", "100.0 ± 0.0", "23.00 ± 1.29", "inf", "20.0", "four prompts"):
+        assert cell in text
+
+
+def test_one_prompt_has_no_error():
+    one = Scores(
+        right={name: np.array([True]) for name in ATTRIBUTES},
+        one_thing=np.array([False]),
+        **{name: np.array([1.0]) for name in ("psnr_db", "ssim", "flicker", "warping_error")},
+        step_sqnr_db=np.array([[3.0]]),
+    )
+    found = summary(one, one)
+    assert found["accuracy"]["one_thing"] == {"mean": None, "error": None}
+    assert found["ssim"] == {"mean": 1.0, "error": None}
+    rich.console.Console(quiet=True).print(to_rich({"bf16": found}, ""))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--prompts", "0"], "prompts: expected a number from 1 up, got 0"),
+        (["--model", "wan"], "unknown model 'wan'; there is shapes"),
+        (["--weights", "fp3"], "unknown format"),
+        (["--steps", "0"], "steps: expected a whole number from 1 up, got 0"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options, message, capsys):
+    assert cli.main(["evaluate", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

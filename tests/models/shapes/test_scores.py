@@ -1,0 +1,77 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.common.sampler import Sampler
+from models.shapes import recipe as recipes
+from models.shapes.compare import Model
+from models.shapes.config import CONFIG
+from models.shapes.generate import Settings, start
+from models.shapes.modeling import Shapes
+from models.shapes.params import load
+from models.shapes.recipe import Recipe
+from models.shapes.scores import Task, _batches, reordered, score
+from models.shapes.vocabulary import EXAMPLE, tokenize
+from models.shapes.world import is_held_out
+
+QUICK = Settings(sampler=Sampler(steps=2, shift=CONFIG.shift), guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load()
+
+
+def test_reordering_changes_no_function(params):
+    model = Shapes(CONFIG, dtype=jnp.float32)
+    x, tokens = start(jax.random.key(0), np.array([0])), jnp.asarray(tokenize(EXAMPLE))[None]
+    run = jax.jit(lambda params: model.apply({"params": params}, x, jnp.array([0.7]), tokens))
+    other = reordered(params)
+    assert not np.array_equal(
+        other["dit"]["blocks"]["ffn"]["up"]["bias"], params["dit"]["blocks"]["ffn"]["up"]["bias"]
+    )
+    np.testing.assert_allclose(run(other), run(params), atol=1e-4)
+
+
+def test_captions_and_noise_are_a_prompt_s_own_whatever_the_batch():
+    def prompts(batch):
+        parts = list(_batches(Task(prompts=5, seed=3, batch=batch)))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:5], *parts)
+
+    jax.tree.map(np.testing.assert_array_equal, prompts(2), prompts(5))
+    scenes, x = prompts(5)
+    assert jax.vmap(is_held_out)(scenes).all() and len(np.unique(x[:, 0, 0, 0, 0])) == 5
+
+
+def test_scores_rank_models_by_their_error(params, capfd):
+    models = {"floor": Model(reordered(params), QUICK)}
+    for name in ("int8", "int4"):
+        models[name] = Model(*recipes.apply(params, Recipe(weights=name, acts=name), QUICK))
+    scores = score(Model(params, QUICK), models, Task(prompts=3, batch=2))
+    assert list(scores) == ["reference", "floor", "int8", "int4"]
+    for one in scores.values():
+        assert one.one_thing.shape == one.psnr_db.shape == (3,)
+        assert all(right.shape == (3,) for right in one.right.values())
+    assert np.isinf(scores["reference"].psnr_db).all()
+    for metric in ("psnr_db", "ssim", "step_sqnr_db"):
+        floor, int8, int4 = (
+            getattr(scores[name], metric).mean(axis=-1) for name in ("floor", "int8", "int4")
+        )
+        assert np.all(floor > int8) and np.all(int8 > int4), metric
+    assert scores["int4"].step_sqnr_db.shape == (2, 3)
+    assert "evaluate" in capfd.readouterr().err
+
+
+def test_another_sampler_is_refused(params):
+    other = dataclasses.replace(QUICK, sampler=Sampler(steps=3))
+    with pytest.raises(ValueError, match="sampled as the reference"):
+        score(Model(params, QUICK), {"other": Model(params, other)}, Task(prompts=1))
+
+
+@pytest.mark.parametrize("name", ["prompts", "batch"])
+def test_nothing_to_do_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a number from 1 up, got 0"):
+        Task(**{"prompts": 4, name: 0})
