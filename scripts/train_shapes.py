@@ -12,6 +12,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import re
@@ -34,6 +35,7 @@ from models.shapes.modeling import Shapes
 from models.shapes.render import render
 from models.shapes.vocabulary import CAPTION_TOKENS
 from models.shapes.world import VIDEO, caption_tokens, sample_scene
+from sdq.files import write_atomically
 from sdq.rules import flatten, path_of
 
 CALL_STEPS = 20  # optimiser steps of one jitted call
@@ -181,8 +183,10 @@ def train(config: TrainConfig, out: pathlib.Path, *, every: float, limit: float 
             bar.update(task, completed=step, loss=losses[-1][1])
             stop = limit is not None and now - start > limit
             if now - saved > every or step >= config.steps or stop:
-                manager.save(step, args=ocp.args.StandardSave(state))
+                # The curve first: rows beyond the checkpoint are dropped on resume, rows that are
+                # missing before it could not be had again.
                 write_losses(out, losses)
+                manager.save(step, args=ocp.args.StandardSave(state))
                 saved = now
             if stop:
                 break
@@ -206,8 +210,7 @@ def _check_config(config: TrainConfig, out: pathlib.Path) -> None:
             f"{out} holds a run with another configuration:\n{file.read_text()}"
             "give its options again, or another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    write_atomically(file, text.encode())
 
 
 def read_losses(out: pathlib.Path) -> list[tuple[int, float, float]]:
@@ -222,8 +225,9 @@ def read_losses(out: pathlib.Path) -> list[tuple[int, float, float]]:
 
 def write_losses(out: pathlib.Path, losses: list[tuple[int, float, float]]) -> None:
     """All rows (step, mean loss of the CALL_STEPS from there, seconds trained so far)."""
-    with (out / "loss.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([("step", "loss", "seconds"), *losses])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("step", "loss", "seconds"), *losses])
+    write_atomically(out / "loss.csv", text.getvalue().encode())
 
 
 def plot_losses(losses: list[tuple[int, float, float]], path: pathlib.Path) -> None:

@@ -12,6 +12,8 @@ import os
 import pathlib
 from typing import Any
 
+from sdq.files import write_atomically
+
 VERSION = 1
 MANIFEST = "manifest.json"
 REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
@@ -111,17 +113,7 @@ def write_manifest(root: pathlib.Path, manifest: Manifest) -> None:
     for leaf in body["leaves"]:
         leaf["sqnr_db"] = to_json_number(leaf["sqnr_db"])
     document = {"version": VERSION, "sha256": digest_of(body), "body": body}
-    temporary = root / f"{MANIFEST}.tmp"
-    with open(temporary, "w") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / MANIFEST)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    write_atomically(root / MANIFEST, json.dumps(document, indent=1, allow_nan=False).encode())
 
 
 def to_json_number(value: float | None) -> float | str | None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdq import video_files, video_metrics
+from sdq.files import write_atomically
 from sdq.leaf_table import size_text
 
 if TYPE_CHECKING:
@@ -151,14 +152,14 @@ def measure_clip(
 
 
 def write_report(report: Report, path: str | os.PathLike) -> pathlib.Path:
-    """Write the page; returns the path. Whole or not at all, as `video_files.write_atomically`.
+    """Write the page; returns the path. Whole or not at all, as `write_atomically`.
 
     Raises:
       ValueError: a video is not one, or holds values that are not finite.
       OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    video_files.write_atomically(path, to_html(report).encode())
+    write_atomically(path, to_html(report).encode())
     return path
 
 

@@ -6,20 +6,20 @@ Files appear whole or not at all: an error leaves what was there before.
 """
 
 import base64
-import errno
 import io
 import math
 import os
 import pathlib
 import subprocess
 import tempfile
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sdq.files import write_atomically
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -150,30 +150,6 @@ def to_uint8(video: Video, function: str = "to_uint8") -> np.ndarray:
             f"not finite, the first in frame {first}; a picture would hide that"
         )
     return np.rint(255 * np.clip(values, 0, 1)).astype(np.uint8)
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Make `path` hold `data`: a reader sees the old file or the new one, never a part.
-
-    Makes the folder if need be. An OSError says what failed and leaves the old file as it was.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"no space for {len(data)} bytes; free some or choose another folder"
-        raise OSError(error.errno, f"cannot write {path}: {reason}") from error
 
 
 def _mp4(frames: np.ndarray, fps: float) -> bytes:

@@ -156,9 +156,23 @@ def _things(video: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     around = jax.lax.reduce_window(sure, 0.0, jax.lax.add, (1, 3, 3), (1, 1, 1), "SAME")
     vote = jnp.where((sure == 0) & (around != 0), around, closer)
     first = ((vote > 0) | (count < 2)).astype(jnp.float32)
-    covered = jnp.clip((bright - DIM) / (FULL - DIM), 0, 1)
+    covered = _covered(bright)
     second = jnp.where(count > 1, 1 - first, 0)
     return colour[:2], count, jnp.stack([covered * first, covered * second], axis=1)
+
+
+def _covered(bright: jax.Array) -> jax.Array:
+    """How much of each pixel things cover, from brightness `[FRAMES, WIDTH, WIDTH]`.
+
+    What is behind shows at a pixel when nothing covers it; where that never happens, because a
+    thing rests there, it counts as the average of the others.
+    """
+    behind = jnp.sort(bright, axis=0)[FRAMES // 4][None]
+    free = behind < DIM
+    average = jnp.where(free, behind, 0).sum() / jnp.maximum(free.sum(), 1)
+    behind = jnp.where(free, behind, average)
+    near = _grown((bright > BRIGHT).astype(jnp.float32))
+    return near * jnp.clip((bright - behind) / (FULL - behind), 0, 1)
 
 
 def _grown(mask: jax.Array) -> jax.Array:

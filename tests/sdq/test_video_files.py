@@ -214,16 +214,6 @@ def test_full_disk_is_said_and_the_old_file_stays(video, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.webp"] and path.read_bytes() == b"old"
 
 
-def test_write_atomically_replaces_and_obeys_the_umask(tmp_path):
-    path = tmp_path / "a" / "b" / "file"
-    video_files.write_atomically(path, b"one")
-    video_files.write_atomically(path, b"two")
-    assert path.read_bytes() == b"two" and [*path.parent.iterdir()] == [path]
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    assert path.stat().st_mode == plain.stat().st_mode
-
-
 def test_folder_that_is_a_file_is_one_clear_error(video, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match=r"cannot write .*clip\.webp: "):
