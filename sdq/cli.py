@@ -109,6 +109,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     """The options that say what is sampled and how."""
     command.add_argument("--model", default="shapes", help="(default: shapes)")
     command.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="weights that scripts.train_shapes wrote (default: the bundled ones)",
+    )
+    command.add_argument(
         "--weights", default="sdq32:16", metavar="FORMAT", help='or "bf16" (default: sdq32:16)'
     )
     command.add_argument(
@@ -136,6 +142,7 @@ def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
 def _sample(args: argparse.Namespace) -> int:
     recipe, settings = _model_options(args)
     from models.shapes import job
+    from models.shapes.params import WEIGHTS
 
     written = job.run(
         job.Job(
@@ -146,6 +153,7 @@ def _sample(args: argparse.Namespace) -> int:
             compare=args.compare is not None,
             suffix=f".{args.video}",
             seed=args.seed,
+            checkpoint=args.checkpoint or WEIGHTS,
             command=shlex.join(["sdq", *sys.argv[1:]]),
         )
     )
@@ -157,10 +165,11 @@ def _sample(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     recipe, settings = _model_options(args)
     from models.shapes import evaluation
+    from models.shapes.params import WEIGHTS
     from models.shapes.scores import Task
 
     task = Task(prompts=args.prompts, seed=args.seed, batch=min(args.batch, args.prompts))
-    measured = evaluation.evaluate([recipe], settings, task)
+    measured = evaluation.evaluate([recipe], settings, task, args.checkpoint or WEIGHTS)
     conditions = evaluation.conditions(settings, task)
     if args.json:
         print(json.dumps({**conditions, "results": measured}, indent=1))

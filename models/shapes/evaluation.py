@@ -1,6 +1,7 @@
 """What `sdq evaluate --model shapes` does: recipes against bf16, as means with standard errors."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import sdq
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model
 from models.shapes.generate import Settings
-from models.shapes.params import load
+from models.shapes.params import WEIGHTS, load
 from models.shapes.recipe import KEEP, Recipe
 from models.shapes.scores import Scores, Task, reordered, score
 from sdq.manifest import to_json_number
@@ -37,14 +38,19 @@ MEASURES = {  # name: (words, digits)
 }
 
 
-def evaluate(chosen: Sequence[Recipe], settings: Settings, task: Task) -> dict[str, Any]:
+def evaluate(
+    chosen: Sequence[Recipe],
+    settings: Settings,
+    task: Task,
+    checkpoint: str | os.PathLike = WEIGHTS,
+) -> dict[str, Any]:
     """Measure recipes.
 
     Returns:
       A `summary` by name, for JSON: KEEP is the reference, FLOOR the noise floor, then each recipe
       by its words.
     """
-    params = load()
+    params = load(checkpoint)
     models = {FLOOR: Model(reordered(params), settings)}
     for recipe in chosen:
         models[str(recipe)] = Model(*recipes.apply(params, recipe, settings))

@@ -61,7 +61,9 @@ def start(key: jax.Array, prompts: np.ndarray | jax.Array) -> jax.Array:
     return jax.vmap(lambda n: noise(jax.random.fold_in(key, n), VIDEO))(jnp.asarray(prompts))
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "trajectory", "on_step"))
+@functools.partial(
+    jax.jit, static_argnames=("settings", "trajectory", "on_step"), donate_argnames="x"
+)
 def generate(
     params: Any,
     tokens: jax.Array,
@@ -76,7 +78,7 @@ def generate(
     Args:
       params: of the model, arrays or QTensors.
       tokens: captions int32 `[B, CAPTION_TOKENS]`.
-      x: noise `[B, *VIDEO]`.
+      x: noise `[B, *VIDEO]`, donated.
       settings: how to sample.
       trajectory: also return every step's x and velocity.
       on_step: called with the number of each finished step.

@@ -1,6 +1,7 @@
 """What `sdq sample --model shapes` does: sample captions, compare with a reference, report."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from models.shapes import recipe as recipes
 from models.shapes.compare import Model, layer_sqnr_db, step_sqnr_db
 from models.shapes.detect import detect, verdicts
 from models.shapes.generate import Settings, generate, start
-from models.shapes.params import load
+from models.shapes.params import WEIGHTS, load
 from models.shapes.recipe import KEEP, Recipe
 from models.shapes.vocabulary import parse, tokenize
 from models.shapes.world import scene_of
@@ -38,6 +39,7 @@ class Job:
       compare: also sample the bf16 model and write report.html.
       suffix: of the videos, ".webp", ".gif" or ".mp4".
       seed: of the noise.
+      checkpoint: the model's weights.
       command: for the report.
     """
 
@@ -48,6 +50,7 @@ class Job:
     compare: bool = False
     suffix: str = ".webp"
     seed: int = 0
+    checkpoint: pathlib.Path = WEIGHTS
     command: str = ""
 
 
@@ -58,8 +61,8 @@ def run(job: Job) -> list[pathlib.Path]:
       ValueError: a prompt that the world cannot show (before any work is done).
     """
     captions = [parse(prompt) for prompt in job.prompts]
+    params = load(job.checkpoint)
     job.out.mkdir(parents=True, exist_ok=True)
-    params = load()
     leaves: list[LeafReport] = []
     weights, settings = recipes.apply(params, job.recipe, job.settings, leaves.append)
     quantised, reference = Model(weights, settings), Model(params, job.settings)
@@ -70,16 +73,16 @@ def run(job: Job) -> list[pathlib.Path]:
     with step_bar("sample", total) as step_done:
         for number, caption in enumerate(captions):
             tokens = jnp.asarray(tokenize(str(caption)))[None]
-            x = start(jax.random.key(job.seed), np.array([number]))
+            noise = functools.partial(start, jax.random.key(job.seed), np.array([number]))
             video = generate(
-                quantised.params, tokens, x, settings=quantised.settings, on_step=step_done
+                quantised.params, tokens, noise(), settings=quantised.settings, on_step=step_done
             )[0]
             name = f"{number + 1}-{'-'.join(str(caption).split()[1:4])}"
             if job.compare:
                 videos, seen = generate(
                     reference.params,
                     tokens,
-                    x,
+                    noise(),
                     settings=reference.settings,
                     trajectory=True,
                     on_step=step_done,

@@ -5,6 +5,7 @@ whose sums round otherwise. What a metric says of it is what the metric says of 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -74,12 +75,13 @@ def score(reference: Model, others: Mapping[str, Model], task: Task) -> dict[str
     batches = -(-task.prompts // task.batch)
     found: dict[str, list[dict[str, Any]]] = {"reference": [], **{name: [] for name in others}}
     with step_bar("evaluate", batches * sampler.steps * (1 + 2 * len(others))) as step_done:
-        for scenes, x in _batches(task):
+        for numbers, scenes in _batches(task):
+            noise = functools.partial(start, jax.random.key(task.seed), numbers)
             tokens = jax.vmap(caption_tokens)(scenes)
             videos, seen = generate(
                 reference.params,
                 tokens,
-                x,
+                noise(),
                 settings=reference.settings,
                 trajectory=True,
                 on_step=step_done,
@@ -88,7 +90,7 @@ def score(reference: Model, others: Mapping[str, Model], task: Task) -> dict[str
             found["reference"].append(_measured(scenes, videos, known, videos))
             for name, model in others.items():
                 other = generate(
-                    model.params, tokens, x, settings=model.settings, on_step=step_done
+                    model.params, tokens, noise(), settings=model.settings, on_step=step_done
                 )
                 scores = _measured(scenes, videos, known, other)
                 scores["step_sqnr_db"] = step_sqnr_db(model, tokens, seen, step_done).T
@@ -108,13 +110,13 @@ def reordered(params: Any, seed: int = 0) -> Any:
     return params | {"dit": params["dit"] | {"blocks": blocks | {"ffn": ffn}}}
 
 
-def _batches(task: Task) -> Iterator[tuple[Scene, jax.Array]]:
-    """Scenes and noise; the last batch is filled up with prompts that nobody asked for."""
+def _batches(task: Task) -> Iterator[tuple[jax.Array, Scene]]:
+    """Numbers and scenes; the last batch is filled up with prompts that nobody asked for."""
     key = jax.random.key(task.seed)
     draw = jax.jit(jax.vmap(lambda n: sample_scene(jax.random.fold_in(key, n), held_out=True)))
     for first in range(0, task.prompts, task.batch):
         numbers = jnp.arange(first, first + task.batch)
-        yield draw(numbers), start(key, numbers)
+        yield numbers, draw(numbers)
 
 
 @jax.jit

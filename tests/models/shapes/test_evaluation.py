@@ -76,6 +76,8 @@ def test_one_prompt_has_no_error():
         (["--prompts", "0"], "prompts: expected a number from 1 up, got 0"),
         (["--model", "wan"], "unknown model 'wan'; there is shapes"),
         (["--weights", "fp3"], "unknown format"),
+        (["--checkpoint", __file__], "damaged or no safetensors file"),
+        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--steps", "0"], "steps: expected a whole number from 1 up, got 0"),
     ],
 )
