@@ -11,6 +11,7 @@ import pytest
 
 from sdq import report as r
 from sdq import video_files
+from sdq.plots import COLOURS
 
 VOID = {"meta", "img"}  # HTML elements that are never closed
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -193,7 +194,7 @@ def test_plots_take_their_colours_from_the_page(page):
     ]
     styles = " ".join(attrs.get("style", "") for _, attrs in page.tags)
     assert "currentColor" in styles and "var(--accent)" in styles
-    assert not any(stand_in in styles for stand_in in r.COLOURS)
+    assert not any(stand_in in styles for stand_in in COLOURS)
     assert "17.2" in page.words and "22.5" in page.words  # cells of the layer map
 
 
