@@ -54,6 +54,7 @@ class TrainConfig:
     clip: float = 1.0
     average: float = 0.999  # decay of the moving average of the weights
     drop_caption: float = 0.1
+    two_things: float = 0.5  # share of such scenes
     seed: int = 0
 
 
@@ -112,7 +113,8 @@ def initial_state(config: TrainConfig) -> TrainState:
 def loss_fn(params: Any, key: jax.Array, config: TrainConfig) -> jax.Array:
     """Mean squared error of the velocity on a fresh batch."""
     key_scene, key_noise, key_sigma, key_drop = jax.random.split(key, 4)
-    scenes = jax.vmap(sample_scene)(jax.random.split(key_scene, config.batch))
+    draw = functools.partial(sample_scene, two=config.two_things)
+    scenes = jax.vmap(draw)(jax.random.split(key_scene, config.batch))
     x0 = 2 * jax.vmap(lambda scene: render(scene).video)(scenes) - 1
     captions = jax.vmap(caption_tokens)(scenes)
     dropped = jax.random.bernoulli(key_drop, config.drop_caption, (config.batch, 1))

@@ -72,8 +72,14 @@ class Scene:
     phase: jax.Array
 
 
-def sample_scene(key: jax.Array, *, held_out: bool = False) -> Scene:
-    """A random scene, from the captions that are trained on or from those that never are."""
+def sample_scene(key: jax.Array, *, held_out: bool = False, two: float = 0.5) -> Scene:
+    """A random scene.
+
+    Args:
+      key: of all that is random.
+      held_out: from the captions that are never trained on, not from the others.
+      two: share of the scenes with two things.
+    """
     keys = jax.random.split(key, 8)
 
     def draw(key: jax.Array, values: tuple[str, ...], shape: tuple[int, ...] = (2,)) -> jax.Array:
@@ -81,7 +87,7 @@ def sample_scene(key: jax.Array, *, held_out: bool = False) -> Scene:
 
     colour = draw(keys[0], COLOURS, ())
     other = (colour + 1 + draw(keys[1], COLOURS[1:], ())) % len(COLOURS)
-    count = 1 + jax.random.bernoulli(keys[2]).astype(jnp.int32)
+    count = 1 + jax.random.bernoulli(keys[2], two).astype(jnp.int32)
     said = {
         "count": count,
         "size": draw(keys[3], SIZES),
