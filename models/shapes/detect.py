@@ -61,6 +61,7 @@ class Detection:
     radii: jax.Array
 
 
+@jax.jit
 def detect(video: jax.Array) -> Detection:
     """Describe a clip float32 `[FRAMES, WIDTH, WIDTH, 3]`; noise and values beyond [0, 1] are fine.
 
@@ -168,9 +169,9 @@ def _covered(bright: jax.Array) -> jax.Array:
     thing rests there, it counts as the average of the others.
     """
     behind = jnp.sort(bright, axis=0)[FRAMES // 4][None]
-    free = behind < DIM
-    average = jnp.where(free, behind, 0).sum() / jnp.maximum(free.sum(), 1)
-    behind = jnp.where(free, behind, average)
+    free = (behind < DIM).astype(jnp.float32)
+    average = (free * behind).sum() / jnp.maximum(free.sum(), 1)
+    behind = jnp.where(free > 0, behind, average)
     near = _grown((bright > BRIGHT).astype(jnp.float32))
     return near * jnp.clip((bright - behind) / (FULL - behind), 0, 1)
 
