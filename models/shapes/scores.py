@@ -112,11 +112,14 @@ def reordered(params: Any, seed: int = 0) -> Any:
 
 def _batches(task: Task) -> Iterator[tuple[jax.Array, Scene]]:
     """Numbers and scenes; the last batch is filled up with prompts that nobody asked for."""
-    key = jax.random.key(task.seed)
-    draw = jax.jit(jax.vmap(lambda n: sample_scene(jax.random.fold_in(key, n), held_out=True)))
     for first in range(0, task.prompts, task.batch):
         numbers = jnp.arange(first, first + task.batch)
-        yield numbers, draw(numbers)
+        yield numbers, _drawn(jax.random.key(task.seed), numbers)
+
+
+@jax.jit
+def _drawn(key: jax.Array, numbers: jax.Array) -> Scene:
+    return jax.vmap(lambda n: sample_scene(jax.random.fold_in(key, n), held_out=True))(numbers)
 
 
 @jax.jit
