@@ -128,12 +128,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
     """The Recipe and the Settings that `_add_model_options` asked for."""
     models.check_name(args.model)
-    from models.common.sampler import Sampler
-    from models.shapes.config import CONFIG
-    from models.shapes.generate import Settings
+    from models.shapes.generate import SAMPLER, Settings
     from models.shapes.recipe import Recipe
 
-    sampler = Sampler(steps=args.steps, shift=CONFIG.shift, solver=args.solver)
+    sampler = dataclasses.replace(SAMPLER, steps=args.steps, solver=args.solver)
     return Recipe(weights=args.weights, acts=args.acts), Settings(
         sampler=sampler, guidance=args.guidance
     )
@@ -169,8 +167,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     from models.shapes.scores import Task
 
     task = Task(prompts=args.prompts, seed=args.seed, batch=min(args.batch, args.prompts))
-    measured = evaluation.evaluate([recipe], settings, task, args.checkpoint or WEIGHTS)
-    conditions = evaluation.conditions(settings, task)
+    checkpoint = args.checkpoint or WEIGHTS
+    measured = evaluation.evaluate([recipe], settings, task, checkpoint)
+    conditions = evaluation.conditions(settings, task, checkpoint)
     if args.json:
         print(json.dumps({**conditions, "results": measured}, indent=1))
     else:

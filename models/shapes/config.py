@@ -7,17 +7,15 @@ from models.wan.config import WanConfig
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShapesConfig:
-    """A Wan over pixels and how it is sampled.
+    """A Wan over pixels.
 
     Attributes:
       dit: the transformer. It predicts the clean video, because a token's 384 pixels would not
         pass as noise through a width of 256.
-      shift: of the noise levels, in training and sampling.
       sigma_floor: where the velocity (x - x0) / sigma stops growing.
     """
 
     dit: WanConfig
-    shift: float = 3.0
     sigma_floor: float = 0.05
 
 

@@ -1,6 +1,7 @@
 """What `sdq evaluate --model shapes` does: recipes against bf16, as means with standard errors."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,10 +62,15 @@ def evaluate(
     }
 
 
-def conditions(settings: Settings, task: Task) -> dict[str, Any]:
+def conditions(
+    settings: Settings, task: Task, checkpoint: str | os.PathLike = WEIGHTS
+) -> dict[str, Any]:
     """What the numbers depend on besides the recipe, for JSON."""
+    with open(checkpoint, "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "model": "shapes",
+        "checkpoint": weights,
         **dataclasses.asdict(task),
         "sampler": dataclasses.asdict(settings.sampler) | {"guidance": settings.guidance},
         "device": jax.devices()[0].device_kind,

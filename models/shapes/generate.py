@@ -24,7 +24,7 @@ from models.shapes.modeling import Shapes
 from models.shapes.world import VIDEO
 
 PLAIN_OPS = Ops()
-SAMPLER = Sampler(steps=24, shift=CONFIG.shift, solver="unipc")
+SAMPLER = Sampler(steps=24, shift=3.0, solver="unipc")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.sampler import Sampler
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model
 from models.shapes.config import CONFIG
-from models.shapes.generate import Settings, start
+from models.shapes.generate import SAMPLER, Settings, start
 from models.shapes.modeling import Shapes
 from models.shapes.params import load
 from models.shapes.recipe import Recipe
@@ -17,7 +16,7 @@ from models.shapes.scores import Task, _batches, reordered, score
 from models.shapes.vocabulary import EXAMPLE, tokenize
 from models.shapes.world import is_held_out
 
-QUICK = Settings(sampler=Sampler(steps=2, shift=CONFIG.shift), guidance=1.0)
+QUICK = Settings(sampler=dataclasses.replace(SAMPLER, steps=2), guidance=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_scores_rank_models_by_their_error(params, capfd):
 
 
 def test_another_sampler_is_refused(params):
-    other = dataclasses.replace(QUICK, sampler=Sampler(steps=3))
+    other = dataclasses.replace(QUICK, sampler=dataclasses.replace(SAMPLER, steps=3))
     with pytest.raises(ValueError, match="sampled as the reference"):
         score(Model(params, QUICK), {"other": Model(params, other)}, Task(prompts=1))
 
