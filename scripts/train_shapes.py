@@ -1,6 +1,6 @@
 """Train the shapes model on clips that are generated on the device.
 
-    python -m scripts.train_shapes --out runs/shapes            # 18 minutes on one H100
+    python -m scripts.train_shapes --out runs/shapes            # 16 minutes on one H100
     python -m scripts.train_shapes --out runs/shapes            # again after a kill: goes on
 
 Step n draws its data, noise and caption dropout from fold_in(seed, n) alone, so a run that was

@@ -1,13 +1,18 @@
+import hashlib
 import json
+import pathlib
 
 import pytest
 
 from models.common.sampler import Sampler
 from models.shapes import evaluation
 from models.shapes.evaluation import FLOOR, summary
+from models.shapes.params import WEIGHTS
 from models.shapes.recipe import KEEP
 from scripts import make_shapes_table
 from tests.models.shapes.test_evaluation import REFERENCE, made
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -63,3 +68,15 @@ def test_results_under_other_conditions_are_not_mixed(measured, tmp_path, monkey
     monkeypatch.setattr(evaluation.jax, "__version__", "0.0.0")
     run(tmp_path)
     assert len(measured) == len(make_shapes_table.RECIPES)
+
+
+def test_committed_results_are_of_the_bundled_weights_and_good_enough():
+    document = json.loads((ROOT / "docs/results/shapes_formats.json").read_text())
+    made = document["conditions"]
+    weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert made["checkpoint"] == weights, "measure again: python -m scripts.make_shapes_table"
+    assert made["prompts"] >= 512
+    right = {name: value["mean"] for name, value in document["results"][KEEP]["accuracy"].items()}
+    floors = {"colour": 0.99, "background": 0.99, "shape": 0.96, "size": 0.96, "motion": 0.96}
+    assert {name: floor for name, floor in floors.items() if right[name] < floor} == {}
+    assert right["one_thing"] >= 0.9
