@@ -27,6 +27,7 @@ def quantize(
     axis: int = -1,
     select: str | None = None,
     importance: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> QTensor:
     """Quantise an array in blocks along one axis.
 
@@ -39,6 +40,8 @@ def quantize(
         "blockdialect". Only for formats with a choice.
       importance: finite weights >= 0 of the elements' squared errors in that choice: `[K]`, or
         broadcastable to x.
+      allowed: a sub-formatbook for each row, uint8 `[*rows, 8]` bit masks of the shapes that each
+        top may take; rows are the axes of x without `axis`. Only for "two_stage".
     Returns:
       A QTensor with `.shape == x.shape`.
     Raises:
@@ -54,7 +57,9 @@ def quantize(
     rule = checked_rule(select, fmt)
     if importance is not None:
         importance = _checked_importance(importance, x, axis, fmt)
-    return _quantize(x, importance, fmt=fmt, axis=axis, rule=rule)
+    if allowed is not None:
+        _check_allowed(allowed, x, axis, rule)
+    return _quantize(x, importance, allowed, fmt=fmt, axis=axis, rule=rule)
 
 
 def dequantize(q: QTensor, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -73,6 +78,7 @@ def fake_quantize(
     axis: int = -1,
     select: str | None = None,
     importance: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> jax.Array:
     """dequantize(quantize(x)) whose derivative is the identity (straight-through).
 
@@ -82,7 +88,7 @@ def fake_quantize(
 
     @jax.custom_jvp
     def through(x):
-        q = quantize(x, fmt, axis=axis, select=select, importance=importance)
+        q = quantize(x, fmt, axis=axis, select=select, importance=importance, allowed=allowed)
         return dequantize(q)
 
     through.defjvp(lambda primals, tangents: (through(*primals), tangents[0]))
@@ -108,11 +114,11 @@ def to_fp8(q: QTensor) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "axis", "rule"))
-def _quantize(x, importance, *, fmt: Format, axis: int, rule: str) -> QTensor:
-    blocked = _blocked(x.astype(jnp.float32), axis, fmt)
+def _quantize(x, importance, allowed, *, fmt: Format, axis: int, rule: str) -> QTensor:
     if importance is not None:
-        importance = _blocked(importance, axis, fmt)
-    encoded = codec(fmt).encode(blocked, fmt, rule, importance)
+        importance = blocked(importance, axis, fmt)
+    choice = selection.Choice(rule, importance, allowed)
+    encoded = codec(fmt).encode(blocked(x.astype(jnp.float32), axis, fmt), fmt, choice)
     return qtensor.pack(encoded, fmt=fmt, length=x.shape[axis], axis=axis, dtype=x.dtype)
 
 
@@ -131,7 +137,7 @@ def _to_fp8(q: QTensor) -> tuple[jax.Array, jax.Array]:
     return qtensor.joined(values)[..., : q.length], exponents
 
 
-def _blocked(x: jax.Array, axis: int, fmt: Format) -> jax.Array:
+def blocked(x: jax.Array, axis: int, fmt: Format) -> jax.Array:
     """`[..., K, ...]` -> `[*lead, G, block]`, zeros beyond K."""
     if axis != -1:
         # Transposed once, not on each of the many reads that a choice makes (2x on CPUs).
@@ -191,6 +197,17 @@ def _checked_importance(importance, x, axis: int, fmt: Format) -> jax.Array:
             f"importance: expected [{x.shape[axis]}] or broadcastable to {x.shape}, "
             f"got {importance.shape}"
         ) from None
+
+
+def _check_allowed(allowed: jax.Array, x: jax.Array, axis: int, rule: str) -> None:
+    if rule != "two_stage":
+        raise ValueError(f"allowed: needs select='two_stage', got {rule!r}")
+    rows = list(x.shape)
+    del rows[axis]
+    if allowed.shape != (*rows, 8) or allowed.dtype != jnp.uint8:
+        raise ValueError(
+            f"allowed: expected uint8{[*rows, 8]}, got {allowed.dtype}{list(allowed.shape)}"
+        )
 
 
 def _checked_qtensor(q) -> QTensor:

@@ -11,8 +11,10 @@ block's own exponent (smaller where the exponent window lifted it). All return u
 
 Errors are sums of integers, hence exact: the same choice on every backend, in any order of
 summation, with any sharding. With `importance` (float32, broadcastable to u, >= 0) each element's
-error counts that much.
+error counts that much. With a sub-formatbook (`allowed`), two_stage compares only its members.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,30 @@ from sdq.formatbook import FIRST_TOP, SHAPES_PER_TOP, Book
 from sdq.numerics import largest_magnitude
 
 PACKED_ELEMENTS = 16  # elements whose errors sum inside a packed field
+
+
+class Choice(NamedTuple):
+    """How blocks choose.
+
+    Attributes:
+      rule: a key of RULES.
+      importance: weights of the elements' errors, float32 like u, or None.
+      allowed: a sub-formatbook for each row, uint8 `[..., 8]`: bit s of entry t says whether top
+        t may take shape s; at least one bit each. Only for "two_stage". None allows all.
+    """
+
+    rule: str
+    importance: jax.Array | None = None
+    allowed: jax.Array | None = None
+
+
+def choose(u: jax.Array, book: Book, choice: Choice) -> jax.Array:
+    """Ids of the dialects, by the choice's rule."""
+    if choice.allowed is None:
+        return RULES[choice.rule](u, book, choice.importance)
+    if choice.rule != "two_stage":
+        raise ValueError(f"allowed: needs select='two_stage', got {choice.rule!r}")
+    return two_stage(u, book, choice.importance, choice.allowed)
 
 
 def bins(u: jax.Array, count: int = formatbook.BINS) -> jax.Array:
@@ -45,19 +71,43 @@ def lut(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Ar
     return _smallest(u, book, formatbook.BINS, importance)
 
 
-def two_stage(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
-    """The top nearest to the block maximum, then the best of that top's shapes."""
+def two_stage(
+    u: jax.Array,
+    book: Book,
+    importance: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+) -> jax.Array:
+    """The top nearest to the block maximum, then the best of that top's (allowed) shapes."""
     top = nearest_top(largest_magnitude(u), book)
     if book.shapes == 1:
         return (top * SHAPES_PER_TOP).astype(jnp.uint8)
-    if importance is None:
-        errors = _packed_shape_errors(u, top, book)
-    else:
-        table = jnp.asarray(formatbook.coarse_shape_errors(book), jnp.float32)
-        each = table[top[..., None], bins(u)]  # [..., G, block, shapes]
-        errors = jnp.sum(each * jnp.broadcast_to(importance, u.shape)[..., None], axis=-2)
+    errors = shape_errors(u, top, book, importance)
+    if allowed is not None:
+        members = jnp.take_along_axis(allowed, top, axis=-1).astype(jnp.int32)  # [..., G]
+        is_member = (members[..., None] >> _along_last(errors)) & 1 == 1
+        errors = jnp.where(is_member, errors, jnp.asarray(_largest(errors.dtype), errors.dtype))
     shape = jnp.argmin(errors, axis=-1).astype(jnp.int32)
     return (top * SHAPES_PER_TOP + shape).astype(jnp.uint8)
+
+
+def shape_errors(
+    u: jax.Array, top: jax.Array, book: Book, importance: jax.Array | None = None
+) -> jax.Array:
+    """Each shape's error beyond shape 0's, in quarters, summed over the block.
+
+    Args:
+      u: magnitudes `[..., G, block]`.
+      top: of each block, int32 `[..., G]` in 0..7.
+      book: with more than one shape a top.
+      importance: weights like u.
+    Returns:
+      `[..., G, shapes]`: int32, or float32 with importance.
+    """
+    if importance is None:
+        return _packed_shape_errors(u, top, book)
+    table = jnp.asarray(formatbook.coarse_shape_errors(book), jnp.float32)
+    each = table[top[..., None], bins(u)]  # [..., G, block, shapes]
+    return jnp.sum(each * jnp.broadcast_to(importance, u.shape)[..., None], axis=-2)
 
 
 def blockdialect(u: jax.Array, book: Book, importance: jax.Array | None = None) -> jax.Array:
@@ -98,6 +148,15 @@ def nearest_top(block_max: jax.Array, book: Book) -> jax.Array:
     if nearest == list(range(8)):
         return wanted - FIRST_TOP
     return jnp.asarray(nearest, jnp.int32)[wanted - FIRST_TOP]
+
+
+def _along_last(x: jax.Array) -> jax.Array:
+    """0, 1, 2, ... along the last axis, with x's rank."""
+    return jnp.arange(x.shape[-1]).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+
+
+def _largest(dtype) -> float:
+    return np.inf if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).max
 
 
 def _smallest(u, book, count, importance):

@@ -1,8 +1,8 @@
 """One file for each family of number formats: blocks of float32 to codes and scales, and back.
 
 Every codec module offers
-  encode(x, fmt, rule, importance) -> Encoded    x float32 [..., G, block]; rule and importance
-  matter to dialects decode(encoded, fmt) -> float32 [..., G, block]
+  encode(x, fmt, choice) -> Encoded               x float32 [..., G, block]; only dialects choose
+  decode(encoded, fmt) -> float32 [..., G, block]
   problems(encoded, fmt) -> {words: bool scalar}  what the format can never produce
 """
 

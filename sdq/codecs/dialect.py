@@ -9,6 +9,8 @@ says. A code is `[sign : 1 | index : 3]`.
   row exponent    the largest of its blocks', int8 in [-125, 124]; -128 marks a row with NaN or Inf
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -22,24 +24,45 @@ from sdq.numerics import (
     largest_magnitude,
     power_of_two,
 )
+from sdq.select import Choice
 
 BAD_ROW = -128
 LOWEST_EXPONENT = -125
 
 
-def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
-    """float32 `[..., G, block]` -> codes of that shape, metadata `[..., G]`, row exponents."""
-    book = formatbook.BOOKS[fmt.book or ""]
-    block_exponent = exponent_of(largest_magnitude(x))  # [..., G]
+class Scaled(NamedTuple):
+    """An array in units of its blocks' exponents.
+
+    Attributes:
+      u: magnitudes in half-units, in [0, 16), `[..., G, block]`; 0 in bad rows.
+      exponent: of each block, int32 `[..., G]`.
+      row: the row exponent, int32 `[..., 1]`.
+      bad: whether a row holds NaN or Inf, `[..., 1]`.
+    """
+
+    u: jax.Array
+    exponent: jax.Array
+    row: jax.Array
+    bad: jax.Array
+
+
+def scaled(x: jax.Array) -> Scaled:
+    """The exponents of float32 `[..., G, block]`, and what they leave to be coded."""
+    block_exponent = exponent_of(largest_magnitude(x))
     highest = jnp.max(block_exponent, axis=-1, keepdims=True, initial=LOWEST_EXPONENT)
     bad = highest == NON_FINITE
     row = jnp.maximum(highest - 3, LOWEST_EXPONENT)
     lowest = jnp.maximum(row - EXPONENT_WINDOW, LOWEST_EXPONENT)
     exponent = jnp.clip(block_exponent - 3, lowest, row)
-
     u = jnp.abs(x) * power_of_two(-exponent)[..., None]
-    u = jnp.where(bad[..., None], 0.0, u)
-    dialect = select.RULES[rule](u, book, importance)
+    return Scaled(jnp.where(bad[..., None], 0.0, u), exponent, row, bad)
+
+
+def encode(x: jax.Array, fmt: Format, choice: Choice) -> Encoded:
+    """float32 `[..., G, block]` -> codes of that shape, metadata `[..., G]`, row exponents."""
+    book = formatbook.BOOKS[fmt.book or ""]
+    u, exponent, row, bad = scaled(x)
+    dialect = select.choose(u, book, choice)
     index = jnp.asarray(formatbook.index_table(book)).reshape(-1)[
         dialect[..., None].astype(jnp.int32) * formatbook.BINS + select.bins(u)
     ]

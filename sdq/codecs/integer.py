@@ -11,11 +11,12 @@ import numpy as np
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
 from sdq.numerics import divided_by, largest_magnitude, row_is_bad, without_subnormals
+from sdq.select import Choice
 
 SMALLEST_SCALE = 2.0**-126
 
 
-def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+def encode(x: jax.Array, fmt: Format, choice: Choice) -> Encoded:
     """float32 `[..., G, block]` -> codes (uint8 nibbles or int8), bfloat16 scales `[..., G]`."""
     largest = _largest(fmt)
     amax = largest_magnitude(x)

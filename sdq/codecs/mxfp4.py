@@ -21,11 +21,12 @@ from sdq.numerics import (
     times_power_of_two,
     without_subnormals,
 )
+from sdq.select import Choice
 
 NAN_SCALE = 255
 
 
-def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+def encode(x: jax.Array, fmt: Format, choice: Choice) -> Encoded:
     """float32 `[..., G, 32]` -> codes uint8 of that shape, E8M0 bits uint8 `[..., G]`."""
     amax = largest_magnitude(x)
     bad = row_is_bad(amax)

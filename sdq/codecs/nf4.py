@@ -11,6 +11,7 @@ import numpy as np
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
 from sdq.numerics import largest_magnitude, row_is_bad, without_subnormals
+from sdq.select import Choice
 
 # Table E of the QLoRA paper (arXiv 2305.14314), float32.
 LEVELS = np.array(
@@ -38,7 +39,7 @@ MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 LARGEST_SCALE = float(jnp.finfo(jnp.bfloat16).max)
 
 
-def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+def encode(x: jax.Array, fmt: Format, choice: Choice) -> Encoded:
     """float32 `[..., G, block]` -> codes uint8 0..15, bfloat16 scales `[..., G]`."""
     amax = largest_magnitude(x)
     bad = row_is_bad(amax)

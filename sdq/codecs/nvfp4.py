@@ -20,6 +20,7 @@ from sdq.codecs import e2m1
 from sdq.codecs.encoded import Encoded
 from sdq.formats import Format
 from sdq.numerics import divided_by, largest_magnitude, row_is_bad, without_subnormals
+from sdq.select import Choice
 
 E4M3_MAX = 448
 E4M3_LARGEST_BITS = 0x7E
@@ -27,7 +28,7 @@ E4M3_VALUES = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astyp
 SMALLEST_MATRIX_SCALE = 2.0**-117  # times the smallest E4M3 it is a normal float32
 
 
-def encode(x: jax.Array, fmt: Format, rule: str, importance: jax.Array | None) -> Encoded:
+def encode(x: jax.Array, fmt: Format, choice: Choice) -> Encoded:
     """float32 `[..., M, G, 16]` -> codes, E4M3 bits `[..., M, G]`, matrix scales `[..., 1, 1]`."""
     amax = largest_magnitude(x)  # [..., M, G]
     bad = row_is_bad(amax)
