@@ -1,10 +1,12 @@
 """Layers that all models share. Their heavy work is done by functions that are passed in (`Ops`).
 
-A kernel is an array or a QTensor `[in, out]`; an input is an array or a QTensor `[..., in]`.
+A kernel is an array or a QTensor `[in, out]`; an input is an array, a QTensor or a Decomposed
+`[..., in]`.
 Nothing is intercepted or patched: a quantised model is the same model with other leaves and Ops.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from models.common.attention import attention
+from models.common.quantizer import KEEP, Input, Quantizer
 from sdq import QTensor, dequantize
+from sdq.decompose import Decomposed, multiply
 
-Input = jax.Array | QTensor
 
-
-def matmul(x: Input, kernel: Input, *, bias: jax.Array | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array | QTensor, kernel: jax.Array | QTensor, *, bias: jax.Array | None = None
+) -> jax.Array:
     """x `[..., in]` times kernel `[in, out]` plus bias, in x's dtype; products summed in float32.
 
     A QTensor stands for its dequantised values in its own dtype.
@@ -26,13 +30,7 @@ def matmul(x: Input, kernel: Input, *, bias: jax.Array | None = None) -> jax.Arr
     x, kernel = _dense(x), _dense(kernel)
     # A float32 result would be a float32 cotangent too, and the backward pass three times slower.
     y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-
-
-def keep_input(x: jax.Array, site: str) -> Input:
-    """The input of a linear as it is."""
-    del site
-    return x
+    return y if bias is None else _plus(y, bias)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +40,12 @@ class Ops:
     Attributes:
       matmul: `(x, kernel, *, bias) -> y`, for every linear; each operand an array or a QTensor.
       attention: `(q, k, v) -> out`, all `[B, S, heads, width]`.
-      quantize_input: `(x, site) -> x or a QTensor of it`, called once for each input, also where
-        several linears read it. `site` names the place: "blocks/self_attn/qkv", "head/linear".
+      quantizer: of the inputs of linears, also where several linears read one.
     """
 
     matmul: Callable[..., jax.Array] = matmul
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
-    quantize_input: Callable[[jax.Array, str], Input] = keep_input
+    quantizer: Quantizer = KEEP
 
 
 class Linear(nn.Module):
@@ -64,6 +61,9 @@ class Linear(nn.Module):
             self, "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if isinstance(x, Decomposed):
+            product = functools.partial(self.ops.matmul, kernel=kernel)
+            return _plus(multiply(x, product), bias)
         return self.ops.matmul(x, kernel, bias=bias)
 
 
@@ -77,7 +77,7 @@ def quantizable(
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
-    leaf: Input = module.get_variable("params", name)
+    leaf: jax.Array | QTensor = module.get_variable("params", name)
     if tuple(leaf.shape) != shape:
         where = "/".join((*module.path, name))
         raise ValueError(f"{where}: expected shape {list(shape)}, got {list(leaf.shape)}")
@@ -155,7 +155,11 @@ def unpatchify(x: jax.Array, size: tuple[int, int, int], patch: tuple[int, int, 
     return x.reshape(len(x), *size, -1)
 
 
-def _dense(x: Input) -> jax.Array:
+def _plus(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def _dense(x: jax.Array | QTensor) -> jax.Array:
     return dequantize(x) if isinstance(x, QTensor) else x
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from models.common.sampler import Trajectory, sigmas
 from models.shapes.config import CONFIG
 from models.shapes.detect import Detection, detect, verdicts
-from models.shapes.generate import Settings, velocity
+from models.shapes.generate import Settings, initial_state, velocity
 from models.shapes.modeling import Shapes
 from models.shapes.render import flow, static_pixels
 from models.shapes.world import Scene
@@ -47,15 +47,16 @@ def step_sqnr_db(
 def _step_sqnr_db(params, tokens, reference, levels, *, settings: Settings, on_step):
     predict = velocity(params, tokens, settings)
 
-    def one(_, step):
+    def one(state, step):
         seen, level, number = step
-        v, _ = predict(seen.x, level, number, ())
+        v, state = predict(seen.x, level, number, state)
         decibels = jax.vmap(sqnr_db)(seen.v, v)
         if on_step is not None:
             jax.debug.callback(lambda number, _: on_step(number), number, decibels)
-        return None, decibels
+        return state, decibels
 
-    return jax.lax.scan(one, None, (reference, levels, jnp.arange(len(levels))))[1]
+    state = initial_state(settings, len(tokens))
+    return jax.lax.scan(one, state, (reference, levels, jnp.arange(len(levels))))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))

@@ -50,10 +50,21 @@ def velocity(params: Any, tokens: jax.Array, settings: Settings) -> Velocity:
 
     def predict(x, sigma, step, state, tokens):
         levels = jnp.broadcast_to(sigma, len(x))
-        x0 = jnp.asarray(model.apply({"params": params}, x, levels, tokens))
-        return velocity_from_x0(x, x0, sigma, CONFIG.sigma_floor), state
+        if state is None:
+            x0 = model.apply({"params": params}, x, levels, tokens)
+        else:
+            state = settings.ops.quantizer.at_step(state, step)
+            x0, state = model.apply({"params": params}, x, levels, tokens, state)
+        return velocity_from_x0(x, jnp.asarray(x0), sigma, CONFIG.sigma_floor), state
 
     return guided(predict, tokens, jnp.zeros_like(tokens), settings.guidance)
+
+
+def initial_state(settings: Settings, captions: int) -> Any:
+    """What the quantizer knows before the first step, or None if it remembers nothing."""
+    quantizer = settings.ops.quantizer
+    evaluated = captions if settings.guidance == 1 else 2 * captions
+    return quantizer.initial_state(CONFIG.dit.layers, evaluated)
 
 
 def start(key: jax.Array, prompts: np.ndarray | jax.Array) -> jax.Array:
@@ -87,6 +98,7 @@ def generate(
         velocity(params, tokens, settings),
         x,
         settings.sampler,
+        initial_state(settings, len(x)),
         trajectory=trajectory,
         on_step=on_step,
     )

@@ -24,19 +24,22 @@ class Shapes(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, sigma: jax.Array, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, sigma: jax.Array, tokens: jax.Array, state: Any = None
+    ) -> jax.Array | tuple[jax.Array, Any]:
         """Run the network.
 
         Args:
           x: noisy videos `[B, T, H, W, 3]`.
           sigma: noise levels in [0, 1], `[B]`.
           tokens: captions int32 `[B, CAPTION_TOKENS]`.
+          state: what `ops.quantizer` remembers, stacked over the blocks.
         Returns:
-          x0, float32, in x's shape.
+          x0, float32, in x's shape; with a state, that and the new state.
         """
         text = CaptionEncoder(self.config.dit.text_width, name="caption")(tokens)
         dit = Wan(self.config.dit, self.ops, self.dtype, self.remat, name="dit")
-        return dit(x, 1000 * sigma, text)
+        return dit(x, 1000 * sigma, text, state=state)
 
 
 class CaptionEncoder(nn.Module):

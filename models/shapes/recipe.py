@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from models.common.quantized import SiteRule, quantized_ops
+from models.common.layers import Ops
+from models.common.quantizer import InputQuantizer, SiteRule
 from models.shapes.generate import PLAIN_OPS, Settings
 from sdq import LeafReport, Rule, formats, progress_bar, quantize_params, resolve
 from sdq.rules import Plan
@@ -46,5 +47,5 @@ def apply(
         quantised = quantize_params(params, decided, on_leaf=advance)
     ops = PLAIN_OPS
     if recipe.acts != KEEP:
-        ops = quantized_ops([SiteRule(r"blocks/.*", recipe.acts)])
+        ops = Ops(quantizer=InputQuantizer((SiteRule(r"blocks/.*", recipe.acts),)))
     return quantised, dataclasses.replace(settings, ops=ops)

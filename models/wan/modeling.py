@@ -16,7 +16,6 @@ from flax import linen as nn
 
 from models.common.layers import (
     AffineLayerNorm,
-    Input,
     Linear,
     Ops,
     RMSNorm,
@@ -25,6 +24,7 @@ from models.common.layers import (
     sinusoid,
     unpatchify,
 )
+from models.common.quantizer import Input
 from models.common.rope import apply_rope, rope_table
 from models.wan.config import WanConfig
 
@@ -45,8 +45,13 @@ class Wan(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, text: jax.Array, image: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: jax.Array,
+        image: jax.Array | None = None,
+        state: Any = None,
+    ) -> jax.Array | tuple[jax.Array, Any]:
         """Run the network.
 
         Args:
@@ -54,8 +59,9 @@ class Wan(nn.Module):
           t: timesteps in [0, 1000], `[B]`, or `[B, S]` for one of each token.
           text: embeddings `[B, tokens, text_width]`, zeros behind the text.
           image: embeddings `[B, tokens, image_width]` for a config that has an image_width.
+          state: what `ops.quantizer` remembers, stacked over the blocks.
         Returns:
-          `[B, T, H, W, out_channels]` in float32.
+          `[B, T, H, W, out_channels]` in float32; with a state, that and the new state.
         """
         config = self.config
         if (image is None) != (config.image_width is None):
@@ -87,10 +93,10 @@ class Wan(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=config.layers,
         )(config, self.ops, name="blocks")
-        tokens, _ = blocks(tokens, context, image, modulation, rope)
+        tokens, new_state = blocks(tokens, context, image, modulation, rope, state)
 
         table = self.param(
             "head_modulation", nn.initializers.normal(config.width**-0.5), (2, config.width)
@@ -98,11 +104,12 @@ class Wan(nn.Module):
         shift, scale = _modulation(table, time.astype(jnp.float32)[..., None, :])
         tokens = modulated_norm(tokens, shift, scale, config.eps)
         out = self._linear("head", tokens, config.out_channels * math.prod(config.patch))
-        return unpatchify(out.astype(jnp.float32), size, config.patch)
+        video = unpatchify(out.astype(jnp.float32), size, config.patch)
+        return video if state is None else (video, new_state)
 
     def _linear(self, name: str, x: jax.Array, features: int | None = None) -> jax.Array:
         linear = Linear(features or self.config.width, self.ops, name=name)
-        return linear(self.ops.quantize_input(x, name))
+        return linear(self.ops.quantizer.quantize(x, name, None))
 
 
 class Block(nn.Module):
@@ -119,8 +126,9 @@ class Block(nn.Module):
         image: jax.Array | None,
         modulation: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, None]:
-        """Modulation is `[B, 1 or S, 6, D]`; returns (tokens, None), as `nn.scan` wants it."""
+        state: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Modulation is `[B, 1 or S, 6, D]`; returns (tokens, state), as `nn.scan` wants it."""
         config = self.config
         table = self.param(
             "modulation", nn.initializers.normal(config.width**-0.5), (6, config.width)
@@ -128,15 +136,18 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(table, modulation)
 
         h = modulated_norm(x, shift1, scale1, config.eps)
-        x = _gated(x, SelfAttention(config, self.ops, name="self_attn")(h, rope), gate1)
+        h, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state)
+        x = _gated(x, h, gate1)
 
         h = AffineLayerNorm(config.eps, name="cross_norm")(x)
-        x = x + CrossAttention(config, self.ops, name="cross_attn")(h, context, image)
+        h, state = CrossAttention(config, self.ops, name="cross_attn")(h, context, image, state)
+        x = x + h
 
         h = modulated_norm(x, shift2, scale2, config.eps)
-        x = _gated(x, FeedForward(config, self.ops, name="ffn")(h), gate2)
+        h, state = FeedForward(config, self.ops, name="ffn")(h, state)
+        x = _gated(x, h, gate2)
         self.sow("intermediates", "output", x, reduce_fn=_latest)
-        return x, None
+        return x, state
 
 
 class SelfAttention(nn.Module):
@@ -146,17 +157,24 @@ class SelfAttention(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """`[B, S, D]` -> `[B, S, D]`."""
-        config = self.config
-        h = _quantized(self, x, "self_attn/qkv")
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], state: Any
+    ) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` -> `[B, S, D]`, state."""
+        config, quantizer = self.config, self.ops.quantizer
+        h = _quantized(self, x, "self_attn/qkv", state)
         q, k, v = (Linear(config.width, self.ops, name=name)(h) for name in "qkv")
         q = RMSNorm(config.eps, name="norm_q")(q)
         k = RMSNorm(config.eps, name="norm_k")(k)
         q, k, v = (_heads(part, config.heads) for part in (q, k, v))
-        out = self.ops.attention(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        h = _quantized(self, out.reshape(x.shape), "self_attn/o")
-        return Linear(config.width, self.ops, name="o")(h)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        # In this order, so that what is learned about x knows the tokens' groups.
+        state = quantizer.saw_attention(q, k, "blocks/self_attn", state)
+        state = quantizer.saw_input(x, "blocks/self_attn/qkv", state)
+        out = self.ops.attention(q, k, v).reshape(x.shape)
+        h = _quantized(self, out, "self_attn/o", state)
+        state = quantizer.saw_input(out, "blocks/self_attn/o", state)
+        return Linear(config.width, self.ops, name="o")(h), state
 
 
 class CrossAttention(nn.Module):
@@ -166,24 +184,31 @@ class CrossAttention(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array, image: jax.Array | None) -> jax.Array:
-        """`[B, S, D]` -> `[B, S, D]`."""
-        config = self.config
-        q = Linear(config.width, self.ops, name="q")(_quantized(self, x, "cross_attn/q"))
+    def __call__(
+        self, x: jax.Array, text: jax.Array, image: jax.Array | None, state: Any
+    ) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` -> `[B, S, D]`, state."""
+        config, quantizer = self.config, self.ops.quantizer
+        q = Linear(config.width, self.ops, name="q")(_quantized(self, x, "cross_attn/q", state))
+        state = quantizer.saw_input(x, "blocks/cross_attn/q", state)
         q = _heads(RMSNorm(config.eps, name="norm_q")(q), config.heads)
 
-        def attend(source: jax.Array, site: str, suffix: str) -> jax.Array:
-            h = _quantized(self, source, site)
+        def attend(source: jax.Array, site: str, suffix: str) -> tuple[jax.Array, jax.Array]:
+            h = _quantized(self, source, site, None)
             k = Linear(config.width, self.ops, name=f"k{suffix}")(h)
             v = Linear(config.width, self.ops, name=f"v{suffix}")(h)
             k = RMSNorm(config.eps, name=f"norm_k{suffix}")(k)
-            return self.ops.attention(q, _heads(k, config.heads), _heads(v, config.heads))
+            k, v = _heads(k, config.heads), _heads(v, config.heads)
+            return self.ops.attention(q, k, v), k
 
-        out = attend(text, "cross_attn/kv", "")
+        out, k = attend(text, "cross_attn/kv", "")
+        state = quantizer.saw_attention(q, k, "blocks/cross_attn", state)
         if image is not None:
-            out = out + attend(image, "cross_attn/kv_image", "_image")
-        h = _quantized(self, out.reshape(x.shape), "cross_attn/o")
-        return Linear(config.width, self.ops, name="o")(h)
+            out = out + attend(image, "cross_attn/kv_image", "_image")[0]
+        out = out.reshape(x.shape)
+        h = _quantized(self, out, "cross_attn/o", state)
+        state = quantizer.saw_input(out, "blocks/cross_attn/o", state)
+        return Linear(config.width, self.ops, name="o")(h), state
 
 
 class FeedForward(nn.Module):
@@ -193,12 +218,15 @@ class FeedForward(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, S, D]` -> `[B, S, D]`."""
+    def __call__(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` -> `[B, S, D]`, state."""
+        quantizer = self.ops.quantizer
         up = Linear(self.config.ffn_width, self.ops, name="up")
         down = Linear(self.config.width, self.ops, name="down")
-        h = jax.nn.gelu(up(_quantized(self, x, "ffn/up")), approximate=True)
-        return down(_quantized(self, h, "ffn/down"))
+        h = jax.nn.gelu(up(_quantized(self, x, "ffn/up", state)), approximate=True)
+        state = quantizer.saw_input(x, "blocks/ffn/up", state)
+        y = down(_quantized(self, h, "ffn/down", state))
+        return y, quantizer.saw_input(h, "blocks/ffn/down", state)
 
 
 class ImageEmbedding(nn.Module):
@@ -213,16 +241,16 @@ class ImageEmbedding(nn.Module):
         x = AffineLayerNorm(IMAGE_EPS, name="norm_in")(x)
         up = Linear(x.shape[-1], self.ops, name="up")
         down = Linear(self.config.width, self.ops, name="down")
-        x = up(self.ops.quantize_input(x, "image_embedding/up"))
+        x = up(self.ops.quantizer.quantize(x, "image_embedding/up", None))
         x = jax.nn.gelu(x, approximate=False)
-        x = down(self.ops.quantize_input(x, "image_embedding/down"))
+        x = down(self.ops.quantizer.quantize(x, "image_embedding/down", None))
         return AffineLayerNorm(IMAGE_EPS, name="norm_out")(x)
 
 
-def _quantized(module: Any, x: jax.Array, site: str) -> Input:
+def _quantized(module: Any, x: jax.Array, site: str, state: Any) -> Input:
     """The input of a block's linears, quantised if the Ops say so; sown as an intermediate."""
     module.sow("intermediates", site.rpartition("/")[2] + "_input", x, reduce_fn=_latest)
-    return module.ops.quantize_input(x, f"blocks/{site}")
+    return module.ops.quantizer.quantize(x, f"blocks/{site}", state)
 
 
 def _latest(_: Any, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import pytest
 
 import sdq
 from models.common.layers import Ops, matmul
+from models.common.quantizer import Keep
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Wan
 
@@ -84,11 +85,12 @@ def test_every_linear_goes_through_the_ops():
         counts["attention"] += 1
         return q + jnp.mean(k, 1, keepdims=True) + jnp.mean(v, 1, keepdims=True)
 
-    def noted(x, site):
-        sites.append(site)
-        return x
+    class Noting(Keep):
+        def quantize(self, x, site, state):
+            sites.append(site)
+            return x
 
-    ops = Ops(matmul=counted_matmul, attention=counted_attention, quantize_input=noted)
+    ops = Ops(matmul=counted_matmul, attention=counted_attention, quantizer=Noting())
     params, (x, t, text, _) = random_params(), inputs()
     jax.eval_shape(lambda: Wan(TINY, ops).apply({"params": params}, x, t, text))
     traces = sites.count("blocks/self_attn/qkv")  # the scanned block is traced once or more

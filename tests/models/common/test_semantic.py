@@ -1,0 +1,175 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.common.layers import Ops
+from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.semantic import Decomposition, SemanticDialect, Sharing, extra_work
+from models.wan.modeling import Wan
+from models.wan.sites import SITES, VIDEO_SITES
+from sdq import saliency, sqnr_db
+from tests.models.wan.test_modeling import TINY, inputs, random_params
+
+GRID = (2, 2, 3)  # of TINY's inputs
+RULES = (SiteRule(r"blocks/.*", "sdq32:16"),)
+DOWN = "blocks/ffn/down"
+
+
+def quantizer(**options):
+    return SemanticDialect(rules=RULES, grid=GRID, sites=tuple(VIDEO_SITES), **options)
+
+
+def run(quantizer, steps=1, layers=TINY.layers):
+    """Outputs and states of several steps on the same input."""
+    params, (x, t, text, _) = random_params(), inputs()
+    model = Wan(TINY, Ops(quantizer=quantizer), jnp.float32)
+
+    @jax.jit
+    def one(state, step):
+        state = quantizer.at_step(state, step)
+        return model.apply({"params": params}, x, t, text, state=state)
+
+    state = quantizer.initial_state(layers, len(x))
+    outs, states = [], []
+    for step in range(steps):
+        out, state = one(state, jnp.int32(step))
+        outs.append(out)
+        states.append(state)
+    return outs, states
+
+
+def exact():
+    params, (x, t, text, _) = random_params(), inputs()
+    return Wan(TINY, dtype=jnp.float32).apply({"params": params}, x, t, text)
+
+
+def test_without_its_parts_it_is_the_plain_quantizer():
+    params, (x, t, text, _) = random_params(), inputs()
+    plain = Wan(TINY, Ops(quantizer=InputQuantizer(RULES)), jnp.float32)
+    expected = jax.jit(lambda: plain.apply({"params": params}, x, t, text))()
+    np.testing.assert_allclose(run(quantizer())[0][0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decomposing_everything_everywhere_gives_eight_bits():
+    everywhere = tuple((site, tuple(range(TINY.layers))) for site in VIDEO_SITES)
+    all_tokens = Decomposition(tokens=12, layers=everywhere)
+    got = run(quantizer(decomposition=all_tokens))[0][0]
+    plain = run(quantizer())[0][0]
+    assert float(sqnr_db(exact(), got)) > float(sqnr_db(exact(), plain)) + 3
+
+
+def test_only_the_planned_blocks_decompose():
+    nowhere = Decomposition(tokens=12, layers=((DOWN, ()),))
+    first = Decomposition(tokens=12, layers=((DOWN, (0,)),))
+    plain = run(quantizer())[0][0]
+    np.testing.assert_allclose(run(quantizer(decomposition=nowhere))[0][0], plain, atol=1e-5)
+    assert not np.allclose(run(quantizer(decomposition=first))[0][0], plain, atol=1e-4)
+
+
+def test_sharing_looks_on_refresh_steps_and_acts_on_the_others():
+    shared = quantizer(sharing=Sharing(anchors=2, window=(2, 2, 3), least=0.0), refresh_every=3)
+    outs, states = run(shared, steps=5)
+    plain = run(quantizer())[0][0]
+    for step in range(5):
+        close = np.allclose(outs[step], plain, rtol=1e-5, atol=1e-5)
+        assert close == (step % 3 == 0)
+        # Nothing is learned between refreshes (the inputs are the same, so neither at them).
+        for site, book in states[step].books.items():
+            np.testing.assert_array_equal(book, states[0].books[site])
+    books = states[0].books
+    assert set(books) == set(VIDEO_SITES)
+    for book in books.values():
+        assert book.shape == (TINY.layers, 2, 3, 8)
+        ones = np.vectorize(lambda mask: mask.bit_count())(np.asarray(book, int))
+        assert (ones[..., :2, :] == 1).all() and (ones[..., 2, :] == 4).all()
+
+
+def test_refreshing_never_means_once():
+    once = quantizer(sharing=Sharing(anchors=2, least=0.0), refresh_every=0)
+    _, states = run(once, steps=3)
+    assert [bool(state.refresh.all()) for state in states] == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_salient_tokens_come_from_the_attention_of_their_block(kind):
+    seen = {}
+
+    class Watched(SemanticDialect):
+        def saw_attention(self, q, k, site, state):
+            jax.debug.callback(lambda q, k: seen.setdefault(site, (q, k)), q, k)
+            return super().saw_attention(q, k, site, state)
+
+    watched = Watched(
+        rules=RULES,
+        grid=GRID,
+        sites=tuple(VIDEO_SITES),
+        decomposition=Decomposition(tokens=4, layers=((DOWN, (0,)),)),
+        saliency=kind,
+        stride=2,
+    )
+    _, states = run(watched)
+    jax.effects_barrier()
+    score = {
+        "self": lambda q, k: saliency.attention_received(q, k, stride=2),
+        "cross": saliency.distinct_attention,
+    }[kind](*(jnp.asarray(x) for x in seen[f"blocks/{kind}_attn"]))
+    np.testing.assert_array_equal(states[0].salient[0], saliency.most_salient(score, 4))
+
+
+def test_the_state_keeps_its_structure():
+    """So that the sampler can scan over it."""
+    full = quantizer(
+        sharing=Sharing(anchors=3), decomposition=Decomposition(tokens=5, layers=((DOWN, (1,)),))
+    )
+    start = full.initial_state(TINY.layers, 2)
+    _, (after,) = run(full)
+    assert jax.tree.structure(start) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(after), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_a_step_compiles_once_for_all_steps():
+    full = quantizer(sharing=Sharing(anchors=3), refresh_every=2)
+    params, (x, t, text, _) = random_params(), inputs()
+    model = Wan(TINY, Ops(quantizer=full), jnp.float32)
+    traces = []
+
+    @jax.jit
+    def one(state, step):
+        traces.append(1)
+        return model.apply({"params": params}, x, t, text, state=full.at_step(state, step))[1]
+
+    state = full.initial_state(TINY.layers, len(x))
+    for step in range(4):
+        state = one(state, jnp.int32(step))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"saliency": "text"}, "saliency"),
+        ({"sharing": Sharing(anchors=13)}, "anchors: expected in"),
+        ({"decomposition": Decomposition(tokens=0, layers=())}, "tokens: expected in"),
+        ({"decomposition": Decomposition(tokens=1, layers=(("ffn", (0,)),))}, "no such site: ffn"),
+    ],
+)
+def test_impossible_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        quantizer(**options)
+
+
+def test_extra_work_is_the_share_of_products():
+    work = dict.fromkeys(SITES, 1) | {DOWN: 4}
+    half = Decomposition(tokens=5, layers=((DOWN, (0, 1)),))
+    total = (6 + 4) * 4 * 10  # sites, blocks, tokens
+    assert extra_work(half, work, 10, 4) == pytest.approx(2 * 4 * 5 / total)
+
+
+def test_equal_quantizers_are_equal_and_hashable():
+    a, b = (quantizer(sharing=Sharing(anchors=2)) for _ in range(2))
+    assert a == b and hash(a) == hash(b)
+    assert a != dataclasses.replace(a, refresh_every=9)
