@@ -18,7 +18,7 @@ from models.common.quantizer import Input, SiteRule, first_match
 from sdq import fake_quantize, saliency, seda
 from sdq.decompose import decompose
 
-SALIENCY = ("self", "cross")
+SALIENCY = ("cross", "self", "error")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,8 @@ class SemanticDialect:
       sites: of the blocks, those whose inputs are the video's tokens.
       sharing: SeDA, or None.
       decomposition: or None.
-      saliency: "self": attention received; "cross": how distinct a token's cross-attention is.
+      saliency: "cross": how distinct a token's cross-attention is; "self": attention received;
+        "error": what quantising left over, at each site and step.
       stride: "self" asks every stride-th query.
       refresh_every: steps; 0 looks at the first step only.
     """
@@ -91,7 +92,7 @@ class SemanticDialect:
     sites: tuple[str, ...]
     sharing: Sharing | None = None
     decomposition: Decomposition | None = None
-    saliency: str = "self"
+    saliency: str = "cross"
     stride: int = 8
     refresh_every: int = 4
 
@@ -166,6 +167,9 @@ class SemanticDialect:
             return base
         assert self.decomposition is not None
         tokens = state.salient[:, : self.decomposition.tokens]
+        if self.saliency == "error":
+            left = jnp.sum(jnp.square(x.astype(jnp.float32) - base.astype(jnp.float32)), axis=-1)
+            tokens = saliency.most_salient(left, self.decomposition.tokens)
         return decompose(x, base, tokens, state.active[site], rule.format, rule.rule)
 
     def saw_input(self, x: jax.Array, site: str, state: State | None) -> State | None:
