@@ -41,6 +41,7 @@ def test_moments_of_every_site_are_symmetric_and_positive(params, seen):
         assert (np.linalg.eigvalsh(np.asarray(moment, np.float64)) > -1e-3 * moment.max()).all()
 
 
+@pytest.mark.slow
 def test_noise_adds_up_to_what_quantising_everything_does(params, seen):
     """To first order, and within the scatter of a few probes."""
     noise = scan.noise(params, seen, "sdq32:16", probes=8, dtype=jnp.float32)
