@@ -34,7 +34,8 @@ def refine(
     Returns:
       A QTensor with q's scales.
     Raises:
-      ValueError: shapes or format do not fit.
+      ValueError: shapes or format do not fit; the moment is not finite, or not positive
+        definite with that damping (under an outer `jit`, which cannot raise, q's codes stay).
     """
     if q.format.element_bits != 4 or q.axis != -2:
         raise ValueError(f"q: expected 4-bit codes along axis -2, got {q!r}")
@@ -46,11 +47,17 @@ def refine(
             f"second_moment: expected shape {(*w.shape[:-2], inputs, inputs)}, "
             f"got {second_moment.shape}"
         )
-    return _refine(q, w, second_moment, damping)
+    refined, usable = _refine(q, w, second_moment, damping)
+    if not isinstance(usable, jax.core.Tracer) and not bool(usable.all()):
+        raise ValueError("second_moment: not finite, or not positive definite with this damping")
+    return refined
 
 
 @jax.jit
-def _refine(q: QTensor, w: jax.Array, second_moment: jax.Array, damping: float) -> QTensor:
+def _refine(
+    q: QTensor, w: jax.Array, second_moment: jax.Array, damping: float
+) -> tuple[QTensor, jax.Array]:
+    """The refined kernel, and whether each matrix had a usable moment."""
     encoded = qtensor.unpack(q)
     codes = jnp.broadcast_to(jnp.arange(16, dtype=jnp.uint8), (*encoded.scales.shape, 16))
     values = codec(q.format).decode(encoded._replace(codes=codes), q.format)  # [..., N, G, 16]
@@ -62,13 +69,17 @@ def _refine(q: QTensor, w: jax.Array, second_moment: jax.Array, damping: float) 
 
     def one(matrix):
         w, values, second_moment = matrix
-        return _rounded(w, values, _spread(second_moment, damping), block)
+        spread = _spread(second_moment, damping)
+        return _rounded(w, values, spread, block), jnp.isfinite(spread).all()
 
-    chosen = jax.lax.map(one, tuple(matrices)).reshape(encoded.codes.shape)
+    chosen, usable = jax.lax.map(one, tuple(matrices))
+    chosen = chosen.reshape(encoded.codes.shape)
     # A bad row has no values to choose from; it stays what it is.
-    chosen = jnp.where(jnp.isnan(values[..., :1]), encoded.codes, chosen)
+    keep = jnp.isnan(values[..., :1]) | ~usable.reshape(*w.shape[:-2], 1, 1, 1)
+    chosen = jnp.where(keep, encoded.codes, chosen)
     again = Encoded(codes=chosen, scales=encoded.scales, outer=encoded.outer)
-    return qtensor.pack(again, fmt=q.format, length=q.length, axis=q.axis, dtype=q.dtype)
+    refined = qtensor.pack(again, fmt=q.format, length=q.length, axis=q.axis, dtype=q.dtype)
+    return refined, usable
 
 
 def _rounded(w: jax.Array, values: jax.Array, spread: jax.Array, block: int) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, Keep, SiteRule, first_match
-from models.common.semantic import Decomposition
+from models.common.semantic import Decomposition, extra_work
 from sdq import fake_quantize, saliency
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)  # of the tokens, most salient first: edges of the scan's bins
@@ -192,9 +192,10 @@ def propose(
             for site in noise
             if any(s == site for s, _ in chosen)
         )
+        decomposition = Decomposition(tokens=count, layers=layers)
         found = Proposal(
-            decomposition=Decomposition(tokens=count, layers=layers),
-            extra_work=spent,
+            decomposition=decomposition,
+            extra_work=extra_work(decomposition, work, tokens, blocks),
             noise_before=before,
             noise_after=before - gained,
         )

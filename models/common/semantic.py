@@ -85,6 +85,9 @@ class SemanticDialect:
         "error": what quantising left over, at each site and step.
       stride: "self" asks every stride-th query.
       refresh_every: steps; 0 looks at the first step only.
+
+    Anchors are the most salient tokens known when a block's self-attention is seen: with "cross"
+    those of the refresh before, and evenly spread ones at the first; with "error" always those.
     """
 
     rules: tuple[SiteRule, ...]
@@ -117,6 +120,16 @@ class SemanticDialect:
         return int(np.prod(self.grid))
 
     @property
+    def _sharing_sites(self) -> tuple[str, ...]:
+        """Where there is a choice to share; a site that is kept or has another format has none."""
+        rules = {site: first_match(self.rules, site) for site in self.sites}
+        return tuple(
+            site
+            for site, rule in rules.items()
+            if self.sharing and rule is not None and rule.rule == "two_stage"
+        )
+
+    @property
     def _layers(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return self.decomposition.layers if self.decomposition else ()
 
@@ -132,12 +145,12 @@ class SemanticDialect:
         """Nobody is in a group; the salient tokens are evenly spread. Stacked over the blocks."""
         spread = jnp.linspace(0, self.tokens - 1, self._salient).round().astype(jnp.int32)
         anchors = self.sharing.anchors if self.sharing else 0
-        books = {site: jnp.full((batch, anchors + 1, 8), 15, jnp.uint8) for site in self.sites}
+        books = jnp.full((batch, anchors + 1, 8), 15, jnp.uint8)
         one = State(
             refresh=jnp.array(False),
             salient=jnp.broadcast_to(spread, (batch, self._salient)),
             group=jnp.full((batch, self.tokens), anchors, jnp.int32),
-            books=books if self.sharing else {},
+            books=dict.fromkeys(self._sharing_sites, books),
             active={},
         )
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (blocks, *x.shape)), one)

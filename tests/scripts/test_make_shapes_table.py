@@ -8,7 +8,7 @@ from models.common.sampler import Sampler
 from models.shapes import evaluation
 from models.shapes.evaluation import FLOOR, summary
 from models.shapes.params import WEIGHTS
-from models.shapes.recipe import KEEP
+from models.shapes.recipe import KEEP, Recipe
 from scripts import make_shapes_table
 from tests.models.shapes.test_evaluation import REFERENCE, made
 
@@ -76,7 +76,13 @@ def test_committed_results_are_of_the_bundled_weights_and_good_enough():
     weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     assert made["checkpoint"] == weights, "measure again: python -m scripts.make_shapes_table"
     assert made["prompts"] >= 512
-    right = {name: value["mean"] for name, value in document["results"][KEEP]["accuracy"].items()}
+    results = document["results"]
+    assert set(results) == {KEEP, FLOOR, *(str(recipe) for recipe in make_shapes_table.RECIPES)}
+    right = {name: value["mean"] for name, value in results[KEEP]["accuracy"].items()}
     floors = {"colour": 0.99, "background": 0.99, "shape": 0.96, "size": 0.96, "motion": 0.96}
     assert {name: floor for name, floor in floors.items() if right[name] < floor} == {}
     assert right["one_thing"] >= 0.9
+    # A world in which 4 bits were easy would prove nothing.
+    coarse, fine = (results[str(Recipe(weights=f, acts=f))] for f in ("mxfp4", "int8"))
+    lost = fine["accuracy"]["all"]["mean"] - coarse["accuracy"]["all"]["mean"]
+    assert lost >= 0.04 or fine["psnr_db"]["mean"] - coarse["psnr_db"]["mean"] >= 6

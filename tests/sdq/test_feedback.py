@@ -103,6 +103,15 @@ def test_bad_arguments_are_named(fmt, axis, moment, words):
         refine(quantize(w, fmt, axis=axis), w, jnp.ones(moment))
 
 
+@pytest.mark.parametrize("moment", [jnp.full((64, 64), jnp.nan), -jnp.eye(64)])
+def test_a_moment_that_none_can_have_is_refused_and_changes_nothing_under_jit(moment):
+    w = jax.random.normal(jax.random.key(6), (64, 8))
+    q = quantize(w, "sdq32:16", axis=-2)
+    with pytest.raises(ValueError, match="second_moment: not finite"):
+        refine(q, w, moment)
+    np.testing.assert_array_equal(jax.jit(refine)(q, w, moment).codes, q.codes)
+
+
 def test_another_kernel_is_refused():
     with pytest.raises(ValueError, match="w: expected shape"):
         refine(quantize(jnp.ones((64, 8)), "nvfp4", axis=-2), jnp.ones((32, 8)), jnp.eye(64))

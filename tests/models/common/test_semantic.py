@@ -87,6 +87,20 @@ def test_sharing_looks_on_refresh_steps_and_acts_on_the_others():
         assert (ones[..., :2, :] == 1).all() and (ones[..., 2, :] == 4).all()
 
 
+@pytest.mark.parametrize("fmt", [None, "mxfp4"])
+def test_a_site_without_a_choice_has_nothing_to_share(fmt):
+    mixed = SemanticDialect(
+        rules=(SiteRule(DOWN, fmt), *RULES),
+        grid=GRID,
+        sites=tuple(VIDEO_SITES),
+        sharing=Sharing(anchors=2, least=0.0),
+        decomposition=Decomposition(tokens=2, layers=((DOWN, (0,)),)),
+    )
+    outs, states = run(mixed, steps=2)
+    assert set(states[-1].books) == set(VIDEO_SITES) - {DOWN}
+    assert all(np.isfinite(out).all() for out in outs)
+
+
 def test_refreshing_never_means_once():
     once = quantizer(sharing=Sharing(anchors=2, least=0.0), refresh_every=0)
     _, states = run(once, steps=3)
@@ -95,14 +109,13 @@ def test_refreshing_never_means_once():
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_salient_tokens_come_from_the_attention_of_their_block(kind):
-
     class Watched(SemanticDialect):
-        """Returns queries and keys in place of what it would learn."""
+        """Also hands out the queries and keys, among the constants of its state."""
 
         def saw_attention(self, q, k, site, state):
-            if not site.endswith(f"{kind}_attn"):
-                return super().saw_attention(q, k, site, state)
             after = super().saw_attention(q, k, site, state)
+            if not site.endswith(f"{kind}_attn"):
+                return after
             return dataclasses.replace(after, active={DOWN: after.active[DOWN], "q": q, "k": k})
 
     options = {
