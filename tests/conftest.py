@@ -1,4 +1,10 @@
-"""Strict JAX for every test: no silent promotion, several CPU devices, repeatable hypothesis."""
+"""Strict JAX for every test: no silent promotion, several CPU devices, repeatable hypothesis.
+
+Programs are compiled with fewer optimisations (a quarter of the time), but with `--slow` as users
+compile them.
+"""
+
+import os
 
 import hypothesis
 import jax
@@ -19,6 +25,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not config.getoption("--slow"):  # read when the first program is compiled
+        flags = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"
+        os.environ["XLA_FLAGS"] = " ".join(flags)
     hypothesis.settings.load_profile("thorough" if config.getoption("--slow") else "sdq")
 
 

@@ -36,12 +36,12 @@ def right_share(count, *, seed, sigma=0.0, blur=False):
 
 
 def test_ground_truth_is_recognised():
-    shares = right_share(30, seed=11)
+    shares = right_share(20, seed=11)
     assert shares["all"] == 1, shares
 
 
 def test_noise_is_tolerated():
-    shares = right_share(20, seed=12, sigma=0.03)
+    shares = right_share(10, seed=12, sigma=0.03)
     assert shares["all"] == 1, shares
 
 
