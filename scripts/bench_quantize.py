@@ -11,10 +11,6 @@ import dataclasses
 import os
 import pathlib
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +18,7 @@ import rich.progress
 
 import sdq
 from scripts import _results as results
+from scripts._timing import median_seconds, peak_bytes
 from sdq import distributions, format_table
 
 SHAPE = (2048, 4096)
@@ -45,27 +42,14 @@ def measure(name: str, rule: str | None, axis: int, runs: int) -> Result:
     quantize = jax.jit(lambda x: sdq.quantize(x, name, select=rule, axis=axis)).lower(x).compile()
     q = quantize(x)
     dequantize = jax.jit(sdq.dequantize).lower(q).compile()
-    memory: Any = quantize.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Result(
         format=name,
         select=rule,
         axis=axis,
         quantize_melements_per_s=x.size / 1e6 / median_seconds(lambda: quantize(x), runs),
         dequantize_melements_per_s=x.size / 1e6 / median_seconds(lambda: dequantize(q), runs),
-        peak_bytes_per_leaf_byte=peak / x.nbytes,
+        peak_bytes_per_leaf_byte=peak_bytes(quantize) / x.nbytes,
     )
-
-
-def median_seconds(function: Callable, runs: int) -> float:
-    """Median wall time of a call, after one call to warm up."""
-    jax.block_until_ready(function())
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def to_markdown(rows: list[Result], where: dict[str, str]) -> str:

@@ -1,60 +1,54 @@
-"""What plain 4-bit costs the shapes model: every number format beside bf16, on held-out captions.
+"""What 4 bits cost the shapes model, on held-out captions: formats, recipes, each part of them.
 
-    python -m scripts.make_shapes_table --out docs/results     # minutes on a GPU, hours on a CPU
+    python -m scripts.make_shapes_table formats recipes ablation --out docs/results
 
-Formats that are already in the results file, measured on the same captions, device and versions,
-are not measured again: an interrupted run goes on where it stopped.
+Minutes on a GPU, hours on a CPU. Rows that are already in the results file, measured on the same
+captions, device and versions, are not measured again: an interrupted run goes on where it stopped.
 """
 
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from models.common.recipes import KEEP, Recipe
 from models.shapes.evaluation import FLOOR, conditions, evaluate
 from models.shapes.generate import Settings
-from models.shapes.recipe import KEEP, Recipe
 from models.shapes.scores import Task
 from scripts import _results as results
-from sdq import format_table, formats
+from scripts._shapes_plots import plot, sqnr_db
+from scripts._shapes_tables import TABLES, Table
+from sdq import formats
 
-STEM = "shapes_formats"
-RECIPES = (
-    *(Recipe(weights=name, acts=name) for name in format_table.FORMATS),
-    Recipe(weights="sdq32:16"),
-    Recipe(acts="sdq32:16"),
-    Recipe(weights="mxfp4"),
-    Recipe(acts="mxfp4"),
-)
 ATTRIBUTES = ("colour", "background", "shape", "size", "motion", "all", "one_thing")
-AT_ONCE = 4  # recipes measured before the file is written
+AT_ONCE = 3  # recipes measured before the file is written
 
 
-def to_markdown(document: Mapping[str, Any]) -> str:
+def to_markdown(table: Table, document: Mapping[str, Any]) -> str:
     """The page that goes into docs/results."""
     measured = document["results"]
     made = document["conditions"]
-    sampler = made["sampler"]
+    sampler, seeds = made["sampler"], made["seeds"]
+    seeds_in_words = f"seed {made['seed']}" if seeds == 1 else f"each of {seeds} seeds"
     where = document["environment"] | {
-        "captions": f"{made['prompts']}, never seen in training, seed {made['seed']}",
+        "captions": f"{made['prompts']}, never seen in training, {seeds_in_words}",
         "sampler": f"{sampler['solver']}, {sampler['steps']} steps, shift {sampler['shift']:g}, "
         f"guidance {sampler['guidance']:g}",
     }
+    lines = []
+    for heading, recipes in table.groups.items():
+        known = {recipe.name: recipe for recipe in recipes if recipe.name in measured}
+        rows = [(KEEP, None), (FLOOR, None), *known.items()]
+        lines += ["", f"## {heading}"] if heading else []
+        lines += ["", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+        lines += [_row(table, name, recipe, measured[name]) for name, recipe in rows]
     return results.page(
-        "The shapes model under every format",
+        table.title,
         where,
-        "Plain rounding of the blocks' weights and of the inputs of their linears, nothing else. "
-        "Right: videos in which the detectors find everything that the caption says; lost: points "
-        "against bf16, prompt by prompt. PSNR and SSIM: against bf16 from the same noise. SQNR: of "
-        "the velocity where bf16 was, mean over the steps. ± standard error. The floor is bf16 "
-        "with its sums in another order.",
-        "",
-        "| weights | activations | right % | lost | PSNR dB | SSIM | SQNR dB | flicker | along the "
-        "motion |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_row(name, summary) for name, summary in measured.items()),
+        table.text,
+        *lines,
         "",
         "What is right in the videos of bf16:",
         "",
@@ -64,37 +58,73 @@ def to_markdown(document: Mapping[str, Any]) -> str:
     )
 
 
-def _row(name: str, summary: Mapping[str, Any]) -> str:
-    change, psnr, ssim = summary["change"]["all"], summary["psnr_db"], summary["ssim"]
-    steps = [float(step) for step in summary["step_sqnr_db"]]
-    compared = name != KEEP
-    cells = [
-        *_formats(name),
-        _percent(summary["accuracy"]["all"]),
-        f"{-100 * change['mean']:.1f} ± {100 * change['error']:.1f}" if compared else "",
-        f"{psnr['mean']:.2f} ± {psnr['error']:.2f}" if compared else "",
-        f"{ssim['mean']:.3f}" if compared else "",
-        f"{sum(steps) / len(steps):.1f}" if compared else "",
-        f"{summary['flicker']['mean']:.4f}",
-        f"{summary['warping_error']['mean']:.4f}",
-    ]
+def _row(table: Table, name: str, recipe: Recipe | None, summary: Mapping[str, Any]) -> str:
+    """A line of Markdown; bf16 is not compared with itself, and has no recipe."""
+    cells = []
+    for column in table.columns:
+        if column in NAMES:
+            cells.append(name if recipe is None else NAMES[column](recipe))
+        elif name == KEEP and column not in ALONE:
+            cells.append("")
+        else:
+            cells.append(MEASURES[column](summary))
     return "| " + " | ".join(cells) + " |"
 
 
-def _formats(name: str) -> tuple[str, str]:
-    """The two formats of a result, as cells."""
-    if name in (KEEP, FLOOR):
-        return name, name
-    recipe = next(recipe for recipe in RECIPES if str(recipe) == name)
-    return _bits(recipe.weights), _bits(recipe.acts)
-
-
-def _bits(name: str) -> str:
-    return name if name == KEEP else f"`{name}` {formats.parse(name).bits_per_element:g} bit"
+def _bits(names: str) -> str:
+    """Formats and what they store."""
+    return ", ".join(
+        name if name == KEEP else f"`{name}` {formats.parse(name).bits_per_element:g} bit"
+        for name in names.split(", ")
+    )
 
 
 def _percent(number: Mapping[str, Any]) -> str:
     return f"{100 * number['mean']:.1f} ± {100 * number['error']:.1f}"
+
+
+def _decibels(number: Mapping[str, Any]) -> str:
+    return f"{number['mean']:.2f} ± {number['error']:.2f}"
+
+
+def _lost(summary: Mapping[str, Any]) -> str:
+    change = summary["change"]["all"]
+    return f"{-100 * change['mean']:.1f} ± {100 * change['error']:.1f}"
+
+
+def _sqnr(summary: Mapping[str, Any]) -> str:
+    number = sqnr_db(summary)
+    return _decibels(number) if number["error"] else f"{number['mean']:.1f}"
+
+
+def _gained(summary: Mapping[str, Any], name: str) -> str:
+    number = summary["against"][name]
+    if not number["error"]:
+        return ""  # that recipe itself
+    return f"{number['mean']:+.2f} ± {number['error']:.2f}"
+
+
+NAMES: dict[str, Callable[[Recipe], str]] = {
+    "recipe": lambda recipe: recipe.name,
+    "weights": lambda recipe: _bits(recipe.weight_formats),
+    "activations": lambda recipe: _bits(recipe.input_formats),
+}
+MEASURES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "extra work %": lambda s: f"{100 * s['extra_work']:.1f}" if s.get("extra_work") else "",
+    "right %": lambda s: _percent(s["accuracy"]["all"]),
+    "lost": _lost,
+    "PSNR dB": lambda s: _decibels(s["psnr_db"]),
+    "SSIM": lambda s: f"{s['ssim']['mean']:.3f}",
+    "SQNR dB": _sqnr,
+    "flicker": lambda s: f"{s['flicker']['mean']:.4f}",
+    "along the motion": lambda s: f"{s['warping_error']['mean']:.4f}",
+    "SQNR gained": lambda s: _gained(s, "sqnr_db"),
+    "PSNR gained": lambda s: _gained(s, "psnr_db"),
+    "low motion": lambda s: _gained(s, "psnr_db, low motion"),
+    "high motion": lambda s: _gained(s, "psnr_db, high motion"),
+    "inconsistency %": lambda s: _percent(s["inconsistency"]) if "inconsistency" in s else "",
+}
+ALONE = ("right %", "flicker", "along the motion")  # what bf16 has without a comparison
 
 
 def _known(path: pathlib.Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,30 +133,45 @@ def _known(path: pathlib.Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
     return before["results"] if before.get("conditions") == conditions else {}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is missing and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=int, default=512, help="(default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--batch", type=int, default=64, help="videos at once (default: 64)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
-    args = parser.parse_args(argv)
-    task = Task(prompts=args.prompts, seed=args.seed, batch=args.batch)
+def measure(table: Table, task: Task, out: pathlib.Path) -> None:
+    """Measure what is missing and write the page, its JSON and its picture."""
     settings = Settings()
     document: dict[str, Any] = {
         "environment": results.environment("make_shapes_table"),
         "conditions": conditions(settings, task),
     }
-    measured = _known(args.out / f"{STEM}.json", document["conditions"])
-    missing = [recipe for recipe in RECIPES if str(recipe) not in measured]
-    for first in range(0, len(missing), AT_ONCE):
-        measured |= evaluate(missing[first : first + AT_ONCE], settings, task)
-        names = [KEEP, FLOOR, *(str(recipe) for recipe in RECIPES)]
+    measured = _known(out / f"{table.stem}.json", document["conditions"])
+    while missing := [one for name, one in table.recipes.items() if name not in measured]:
+        found = evaluate(missing[:AT_ONCE], settings, task, against=table.against)
+        measured = found | measured  # what is known stays
+        names = [KEEP, FLOOR, *table.recipes]
         document["results"] = {name: measured[name] for name in names if name in measured}
-        results.write(args.out, STEM, to_markdown(document), document)
-    print((args.out / f"{STEM}.md").read_text())
+        results.write(out, table.stem, to_markdown(table, document), document)
+        plot(table, document["results"], out / f"{table.stem}.png")
+    print((out / f"{table.stem}.md").read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the tables that are asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="+", choices=TABLES, help="what to measure")
+    parser.add_argument("--prompts", type=int, default=512, help="of each seed (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
+    parser.add_argument("--batch", type=int, default=64, help="videos at once (default: 64)")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    args = parser.parse_args(argv)
+    for name in args.tables:
+        table = TABLES[name]
+        task = Task(
+            prompts=args.prompts,
+            seed=args.seed,
+            batch=args.batch,
+            seeds=table.seeds,
+            consistency=table.consistency,
+        )
+        measure(table, task, args.out)
     return 0
 
 

@@ -102,10 +102,34 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=8, help="videos at once (default: 8)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
+
+    analyze = commands.add_parser(
+        "analyze",
+        help="find out where quantised inputs hurt, and plan decomposition",
+        description="Scan a model without data: random captions, noise and its own samples say how "
+        "much of the velocity's error each layer makes at each step, and where activation "
+        "decomposition pays within a budget. Writes analysis.json and a heat map.",
+    )
+    _add_model_options(analyze, recipe="semanticdialect")
+    analyze.add_argument("--budget", type=float, help="extra matrix products, as a share of all")
+    analyze.add_argument("--captions", type=int, default=4, help="how many (default: 4)")
+    analyze.add_argument("--probes", type=int, default=2, help="directions a step (default: 2)")
+    analyze.add_argument("--seed", type=int, default=0, help="of captions, noise (default: 0)")
+    analyze.add_argument("--out", type=pathlib.Path, required=True, help="folder for the files")
+    analyze.add_argument("--json", action="store_true", help="also print the JSON")
+    analyze.set_defaults(run=_analyze)
+
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes",
+        description="The named ways to quantise a model, for --recipe.",
+    )
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    recipes.set_defaults(run=_recipes)
     return top
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
+def _add_model_options(command: argparse.ArgumentParser, recipe: str = "plain") -> None:
     """The options that say what is sampled and how."""
     command.add_argument("--model", default="shapes", help="(default: shapes)")
     command.add_argument(
@@ -114,12 +138,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights that scripts.train_shapes wrote (default: the bundled ones)",
     )
-    command.add_argument(
-        "--weights", default="sdq32:16", metavar="FORMAT", help='or "bf16" (default: sdq32:16)'
-    )
-    command.add_argument(
-        "--acts", default="sdq32:16", metavar="FORMAT", help='or "bf16" (default: sdq32:16)'
-    )
+    command.add_argument("--recipe", metavar="NAME", help=f"see `sdq recipes` (default: {recipe})")
+    for option, what in (("--weights", "the blocks' kernels"), ("--acts", "their inputs")):
+        command.add_argument(
+            option, metavar="FORMAT", help=f'instead of a recipe: format of {what}, or "bf16"'
+        )
+    command.set_defaults(default_recipe=recipe)
     command.add_argument("--steps", type=int, default=24, help="(default: 24)")
     command.add_argument("--solver", default="unipc", help="unipc or euler (default: unipc)")
     command.add_argument("--guidance", type=float, default=2.0, help="(default: 2)")
@@ -128,13 +152,18 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
 def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
     """The Recipe and the Settings that `_add_model_options` asked for."""
     models.check_name(args.model)
+    from models.common import recipes
     from models.shapes.generate import SAMPLER, Settings
-    from models.shapes.recipe import Recipe
 
+    formats_given = [name for name in (args.weights, args.acts) if name is not None]
+    if formats_given and args.recipe is not None:
+        raise ValueError("--recipe says the formats: give it or --weights and --acts, not both")
+    recipe = recipes.named(args.recipe or args.default_recipe)
+    if formats_given:
+        plain = recipe.weight_formats, recipe.input_formats
+        recipe = recipes.rounding(args.weights or plain[0], args.acts or plain[1])
     sampler = dataclasses.replace(SAMPLER, steps=args.steps, solver=args.solver)
-    return Recipe(weights=args.weights, acts=args.acts), Settings(
-        sampler=sampler, guidance=args.guidance
-    )
+    return recipe, Settings(sampler=sampler, guidance=args.guidance)
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -179,6 +208,46 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"{conditions['device']}; ± standard error",
         )
         rich.console.Console().print(table)
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    recipe, settings = _model_options(args)
+    if args.budget is not None:
+        recipe = dataclasses.replace(recipe, extra_work=args.budget)
+    from models.shapes import analysis
+    from models.shapes.params import WEIGHTS
+
+    task = analysis.Task(
+        recipe=recipe,
+        settings=settings,
+        captions=args.captions,
+        probes=args.probes,
+        seed=args.seed,
+        checkpoint=args.checkpoint or WEIGHTS,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = analysis.analyze(task)
+    document = json.dumps(analysis.to_json(task, found), indent=1)
+    written = args.out / "analysis.json"
+    written.write_text(document + "\n")
+    picture = analysis.write_picture(task, found, args.out / "analysis.png")
+    if args.json:
+        print(document)
+    else:
+        rich.console.Console().print(analysis.to_rich(task, found))
+    for path in (written, picture):
+        print(path, file=sys.stderr)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from models.common import recipes
+
+    if args.json:
+        print(json.dumps([dataclasses.asdict(r) for r in recipes.RECIPES.values()], indent=1))
+    else:
+        rich.console.Console().print(recipes.to_rich(recipes.RECIPES.values()))
     return 0
 
 

@@ -40,8 +40,8 @@ def quantize(
         "blockdialect". Only for formats with a choice.
       importance: finite weights >= 0 of the elements' squared errors in that choice: `[K]`, or
         broadcastable to x.
-      allowed: a sub-formatbook for each row, uint8 `[*rows, 8]` bit masks of the shapes that each
-        top may take; rows are the axes of x without `axis`. Only for "two_stage".
+      allowed: a sub-formatbook for each row or block, uint8 `[*rows, 1 or G, 8]` bit masks of the
+        shapes that each top may take; rows are the axes of x without `axis`. Only for "two_stage".
     Returns:
       A QTensor with `.shape == x.shape`.
     Raises:
@@ -58,7 +58,7 @@ def quantize(
     if importance is not None:
         importance = _checked_importance(importance, x, axis, fmt)
     if allowed is not None:
-        _check_allowed(allowed, x, axis, rule)
+        _check_allowed(allowed, x, axis, rule, fmt)
     return _quantize(x, importance, allowed, fmt=fmt, axis=axis, rule=rule)
 
 
@@ -199,14 +199,17 @@ def _checked_importance(importance, x, axis: int, fmt: Format) -> jax.Array:
         ) from None
 
 
-def _check_allowed(allowed: jax.Array, x: jax.Array, axis: int, rule: str) -> None:
+def _check_allowed(allowed: jax.Array, x: jax.Array, axis: int, rule: str, fmt: Format) -> None:
     if rule != "two_stage":
         raise ValueError(f"allowed: needs select='two_stage', got {rule!r}")
     rows = list(x.shape)
     del rows[axis]
-    if allowed.shape != (*rows, 8) or allowed.dtype != jnp.uint8:
+    blocks, _ = qtensor.blocks_of(x.shape[axis], fmt)
+    fits = allowed.shape in ((*rows, 1, 8), (*rows, blocks, 8))
+    if not fits or allowed.dtype != jnp.uint8:
         raise ValueError(
-            f"allowed: expected uint8{[*rows, 8]}, got {allowed.dtype}{list(allowed.shape)}"
+            f"allowed: expected uint8{[*rows, f'1 or {blocks}', 8]}".replace("'", "")
+            + f", got {allowed.dtype}{list(allowed.shape)}"
         )
 
 

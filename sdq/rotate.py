@@ -5,6 +5,8 @@ nothing but how hard both are to quantise. H is block-diagonal: one normalised H
 each group of channels, applied in log2(group) additions an element.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,12 @@ def hadamard(x: jax.Array, group: int, axis: int = -1) -> jax.Array:
     width = x.shape[axis]
     if group < 1 or group & (group - 1) or width % group:
         raise ValueError(f"group: expected a power of two that divides {width}, got {group}")
+    return _rotated(x, group, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rotated(x: jax.Array, group: int, axis: int) -> jax.Array:
+    width = x.shape[axis]
     moved = jnp.moveaxis(x, axis, -1)
     y = moved.astype(jnp.float32).reshape(*moved.shape[:-1], width // group, group)
     span = 1

@@ -1,8 +1,8 @@
-"""Which tokens matter: scores from attention, and the tokens with the highest ones.
+"""What attention says about tokens: which ones matter, and which belong together.
 
-A score is float32 `[B, S]` with mean 1 over the tokens of a video. All are computed head by head
-from queries and keys `[B, S, heads, width]` as they enter the attention, so that no S x S matrix
-is held.
+A score is float32 `[B, S]` with mean 1 over the tokens of a video; a likeness is `[B, n, S]`, of n
+chosen tokens with all. Everything is computed head by head from queries and keys
+`[B, S, heads, width]` as they enter the attention, so that no S x S matrix is held.
 """
 
 import jax
@@ -48,6 +48,62 @@ def distinct_attention(q: jax.Array, k: jax.Array) -> jax.Array:
     return _mean_one(distinct)
 
 
+def text_similarity(q: jax.Array, k: jax.Array, tokens: jax.Array) -> jax.Array:
+    """How alike tokens look at the text: the cosine of what sets them apart from the mean token.
+
+    Two tokens that show the same thing look at the same words, wherever and whenever they are.
+
+    Args:
+      q: queries of the video's tokens.
+      k: keys of the text's tokens.
+      tokens: numbers int32 `[B, n]`, to compare all others with.
+    Returns:
+      Float32 `[B, n, S]`, in [-1, 1].
+    """
+
+    def head(
+        total: tuple[jax.Array, jax.Array], qk: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        products, squares = total
+        weights = attention_weights(*qk)
+        away = weights - jnp.mean(weights, axis=1, keepdims=True)
+        products += jnp.einsum("bnt,bst->bns", take_tokens(away, tokens), away)
+        return (products, squares + jnp.sum(jnp.square(away), axis=-1)), None
+
+    batch, count = tokens.shape
+    nothing = jnp.zeros((batch, count, q.shape[1])), jnp.zeros(q.shape[:2])
+    (products, squares), _ = jax.lax.scan(head, nothing, (_heads_first(q), _heads_first(k)))
+    length = jnp.sqrt(squares)
+    scale = jnp.take_along_axis(length, tokens, axis=1)[..., None] * length[:, None]
+    return products / jnp.where(scale > 0, scale, 1.0)
+
+
+def shared_attention(q: jax.Array, k: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The self-attention that tokens share with all others, in units of an even spread.
+
+    The mean over heads of what one of `tokens` gives the other and of what the other gives it
+    (among `tokens`). Ours, as the published text leaves it open.
+
+    Args:
+      q: queries of the video's tokens.
+      k: their keys.
+      tokens: numbers int32 `[B, n]`.
+    Returns:
+      Float32 `[B, n, S]`.
+    """
+    count, length = tokens.shape[1], q.shape[1]
+
+    def head(total: jax.Array, qk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        q, k = qk
+        given = attention_weights(take_tokens(q, tokens), k) * length  # [B, n, S]
+        returned = attention_weights(q, take_tokens(k, tokens)) * count  # [B, S, n]
+        return total + (given + jnp.swapaxes(returned, 1, 2)) / 2, None
+
+    nothing = jnp.zeros((len(q), count, length))
+    total, _ = jax.lax.scan(head, nothing, (_heads_first(q), _heads_first(k)))
+    return total / q.shape[2]
+
+
 def most_salient(score: jax.Array, count: int) -> jax.Array:
     """The `count` tokens with the highest scores, int32 `[B, count]`, highest first."""
     if not 0 < count <= score.shape[-1]:
@@ -59,6 +115,11 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     """Softmax over the keys of one head, float32 `[B, queries, keys]`."""
     scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+
+
+def take_tokens(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of `[B, S, width]` by number `[B, n]`."""
+    return jnp.take_along_axis(x, tokens[..., None], axis=1)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

@@ -33,8 +33,9 @@ class Choice(NamedTuple):
     Attributes:
       rule: a key of RULES.
       importance: weights of the elements' errors, float32 like u, or None.
-      allowed: a sub-formatbook for each row, uint8 `[..., 8]`: bit s of entry t says whether top
-        t may take shape s; at least one bit each. Only for "two_stage". None allows all.
+      allowed: a sub-formatbook for each row or block, uint8 `[..., 1 or G, 8]`: bit s of entry t
+        says whether top t may take shape s; at least one bit each. Only for "two_stage". None
+        allows all.
     """
 
     rule: str
@@ -83,7 +84,8 @@ def two_stage(
         return (top * SHAPES_PER_TOP).astype(jnp.uint8)
     errors = shape_errors(u, top, book, importance)
     if allowed is not None:
-        members = jnp.take_along_axis(allowed, top, axis=-1).astype(jnp.int32)  # [..., G]
+        allowed = jnp.broadcast_to(allowed, (*top.shape, 8))
+        members = jnp.take_along_axis(allowed, top[..., None], axis=-1)[..., 0].astype(jnp.int32)
         is_member = (members[..., None] >> _along_last(errors)) & 1 == 1
         errors = jnp.where(is_member, errors, jnp.asarray(_largest(errors.dtype), errors.dtype))
     shape = jnp.argmin(errors, axis=-1).astype(jnp.int32)

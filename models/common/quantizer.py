@@ -7,13 +7,14 @@ threads through its blocks and the sampler through its steps; the others know on
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from sdq import QTensor, fake_quantize, formats
 from sdq.decompose import Decomposed
+from sdq.rotate import hadamard, largest_group
 from sdq.rules import check_pattern
 
 Input = jax.Array | QTensor | Decomposed
@@ -83,11 +84,14 @@ class SiteRule:
       pattern: regular expression for the full site name ("blocks/ffn/up").
       format: a format name, or None to keep the input as it is.
       select: how blocks choose their dialect; None is "two_stage" where there is a choice.
+      rotate: rotate the input first (`sdq.rotate`); the kernels that read it must be rotated too
+        (`kernels.rotate`).
     """
 
     pattern: str
     format: str | None
     select: str | None = None
+    rotate: bool = False
 
     def __post_init__(self):
         check_pattern(self.pattern)
@@ -100,6 +104,16 @@ class SiteRule:
         if self.select or self.format is None or not formats.parse(self.format).has_choice:
             return self.select
         return "two_stage"
+
+    def turned(self, x: jax.Array) -> jax.Array:
+        """x `[..., K]` as it is quantised: rotated or as it is."""
+        return hadamard(x, largest_group(x.shape[-1])) if self.rotate else x
+
+    def rounded(self, x: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+        """A turned x as the numbers that it becomes; `allowed` as for `sdq.quantize`."""
+        if self.format is None:
+            return x
+        return fake_quantize(x, self.format, select=self.rule, allowed=allowed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,11 +129,20 @@ class InputQuantizer(Keep):
         """x `[..., K]`, rounded to the format of its site."""
         del state
         rule = first_match(self.rules, site)
-        if rule is None or rule.format is None:
-            return x
-        return fake_quantize(x, rule.format, select=rule.rule)
+        return x if rule is None else rule.rounded(rule.turned(x))
 
 
 def first_match(rules: Sequence[SiteRule], site: str) -> SiteRule | None:
     """The rule that decides about a site."""
     return next((rule for rule in rules if re.fullmatch(rule.pattern, site)), None)
+
+
+def misfits(rules: Sequence[SiteRule], sites: Iterable[str]) -> list[str]:
+    """A sentence for each rule that decides about none of a model's sites."""
+    sites = list(sites)
+    used = {first_match(rules, site) for site in sites}
+    return [
+        f"input rule {number} {rule.pattern!r} decides about none of {', '.join(sites)}"
+        for number, rule in enumerate(rules)
+        if rule not in used
+    ]

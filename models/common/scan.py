@@ -1,33 +1,51 @@
 """The data-free scan: what a model's own samples say about the inputs of its linears.
 
 Needs prompts and noise, no data set. Two questions are asked at points of the sampling trajectory:
-how inputs vary together (`second_moments`, for `sdq.feedback`), and how much of the error of the
-output each site of each block makes, salient tokens apart (`Probe`, `noise_power`), from which
+how large inputs are and how they vary together (`input_statistics`), and how much of the error of
+the output each site of each block makes, salient tokens apart (`Probe`, `noise_power`), from which
 `propose` plans where activation decomposition pays.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, Keep, SiteRule, first_match
-from models.common.semantic import Decomposition, extra_work
-from sdq import fake_quantize, saliency
+from models.common.semantic import Decomposition, Layers, extra_work
+from sdq import saliency
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)  # of the tokens, most salient first: edges of the scan's bins
 
 
-def second_moments(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """E[x x^T] by site, float32 `[blocks, K, K]`, of inputs `[blocks, B, S, K]`."""
+class InputStatistics(NamedTuple):
+    """Of the inputs of one site; leading axis: the blocks.
 
-    def one(x: jax.Array) -> jax.Array:
+    Attributes:
+      second_moment: E[x x^T], float32 `[blocks, K, K]`.
+      largest: magnitude of each channel, float32 `[blocks, K]`.
+    """
+
+    second_moment: jax.Array
+    largest: jax.Array
+
+    def plus(self, other: "InputStatistics") -> "InputStatistics":
+        """Of both samples; second moments are summed."""
+        return InputStatistics(
+            self.second_moment + other.second_moment, jnp.maximum(self.largest, other.largest)
+        )
+
+
+def input_statistics(inputs: Mapping[str, jax.Array]) -> dict[str, InputStatistics]:
+    """By site, of inputs `[blocks, B, S, K]`."""
+
+    def one(x: jax.Array) -> InputStatistics:
         x = x.reshape(len(x), -1, x.shape[-1])
         product = jnp.einsum("lsi,lsj->lij", x, x, preferred_element_type=jnp.float32)
-        return product / x.shape[1]
+        return InputStatistics(product / x.shape[1], jnp.abs(x).max(axis=1).astype(jnp.float32))
 
     return {site: one(x) for site, x in inputs.items()}
 
@@ -72,9 +90,10 @@ class Probe(Keep):
     def quantize(self, x: jax.Array, site: str, state: ProbeState | None) -> Input:
         """x plus the let-in share of its quantisation error."""
         rule = first_match(self.rules, site)
-        if state is None or site not in state.share or rule is None or rule.format is None:
+        if state is None or site not in state.share or rule is None:
             return x
-        error = jax.lax.stop_gradient(fake_quantize(x, rule.format, select=rule.rule) - x)
+        turned = rule.turned(x)
+        error = jax.lax.stop_gradient(rule.turned(rule.rounded(turned) - turned))  # and back
         share = jnp.take_along_axis(state.share[site], state.bin, axis=1)
         return x + (share[..., None] * error.astype(jnp.float32)).astype(x.dtype)
 
@@ -166,7 +185,7 @@ def propose(
       work: multiplications for a token by site, of one block; all sites of the blocks.
       tokens: of a video.
       budget: extra products, as a share of all.
-      shares: which to consider.
+      shares: of the tokens, which to consider; of SHARES.
     """
     if not budget > 0:
         raise ValueError(f"budget: expected a positive share, got {budget}")
@@ -174,7 +193,8 @@ def propose(
     total_work = sum(work.values()) * blocks
     before = float(sum(value.sum() for value in noise.values()))
     best: Proposal | None = None
-    for bins, share in enumerate(shares, start=1):
+    for share in shares:
+        bins = 1 + SHARES.index(share)
         count = token_count(share, tokens)
         gains = {
             (site, block): float(value[block, :bins].sum())
@@ -187,12 +207,7 @@ def propose(
             if spent + cost <= budget:
                 chosen.append((site, block))
                 spent, gained = spent + cost, gained + gains[site, block]
-        layers = tuple(
-            (site, tuple(sorted(block for s, block in chosen if s == site)))
-            for site in noise
-            if any(s == site for s, _ in chosen)
-        )
-        decomposition = Decomposition(tokens=count, layers=layers)
+        decomposition = Decomposition(tokens=count, layers=_by_site(noise, chosen))
         found = Proposal(
             decomposition=decomposition,
             extra_work=extra_work(decomposition, work, tokens, blocks),
@@ -203,6 +218,31 @@ def propose(
             best = found
     assert best is not None
     return best
+
+
+def quiet_layers(
+    noise: Mapping[str, np.ndarray], decomposed: Layers, bins: int, part: float
+) -> Layers:
+    """The layers that make least noise, as long as together they make at most a part of it.
+
+    Args:
+      noise: by site `[blocks, bins]`, of `noise_power`.
+      decomposed: where the most salient tokens make no noise.
+      bins: of those tokens.
+      part: of the noise, in (0, 1].
+    """
+    exact = dict(decomposed)
+    left = {
+        (site, block): float(power[bins if block in exact.get(site, ()) else 0 :].sum())
+        for site, by_block in noise.items()
+        for block, power in enumerate(by_block)
+    }
+    quiet, total, sum_ = [], sum(left.values()), 0.0
+    for layer in sorted(left, key=left.__getitem__):
+        sum_ += left[layer]
+        if sum_ <= part * total:
+            quiet.append(layer)
+    return _by_site(noise, quiet)
 
 
 def linear_work(params: Any, sites: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -218,3 +258,9 @@ def linear_work(params: Any, sites: Mapping[str, Sequence[str]]) -> dict[str, in
         site: sum(int(np.prod(leaf(kernel).shape[-2:])) for kernel in kernels)
         for site, kernels in sites.items()
     }
+
+
+def _by_site(sites: Iterable[str], chosen: Sequence[tuple[str, int]]) -> Layers:
+    """(site, block) pairs, gathered."""
+    blocks = {site: tuple(sorted(b for s, b in chosen if s == site)) for site in sites}
+    return tuple((site, of) for site, of in blocks.items() if of)

@@ -1,9 +1,9 @@
 """SemanticDialect online: a quantizer that learns from attention which tokens belong together.
 
-On refresh steps every block chooses its dialects freely and looks at what it computes: attention
-says which tokens are salient and which belong to them, the inputs of the linears say which shapes
-each group should keep to. The steps until the next refresh use that. Salient tokens also get a
-second term in the layers that the plan picked.
+On some steps every block looks at its attention, which says what tokens are salient and which of
+them are alike. On the step after, it chooses its dialects freely and learns from the inputs of its
+linears which shapes each group should keep to; the steps until the next look use that. Salient
+tokens also get a second term in the layers that the plan picked.
 """
 
 import dataclasses
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, SiteRule, first_match
-from sdq import fake_quantize, saliency, seda
+from sdq import formats, saliency, seda
 from sdq.decompose import decompose
+from sdq.qtensor import blocks_of
 
 SALIENCY = ("cross", "self", "error")
+ALIKE = ("text", "attention")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +28,39 @@ class Sharing:
     """SeDA's knobs.
 
     Attributes:
-      anchors: of each video.
-      window: how far an anchor reaches along (T, H, W), in tokens.
-      least: shared attention below which a token stays alone, in units of an even spread.
+      alike: by what tokens belong together: "text", how they look at the text (the cosine); or
+        "attention", what they give each other, in units of an even spread.
+      least: how alike at least.
+      anchors: groups of each video, at most.
+      candidates: how many of the most salient tokens the anchors are picked from.
+      window: how far an anchor reaches along (T, H, W), in tokens; None is everywhere.
       members: shapes that a group allows each top.
+      by_block: a sub-formatbook for each block of channels, not one for all.
+      noise: the quietest layers share, as long as together they make at most this part of what
+        quantised inputs do to the output (the data-free scan decides); 1 is all layers.
     """
 
-    anchors: int = 32
-    window: tuple[int, int, int] = (8, 2, 2)
-    least: float = 1.0
+    alike: str = "text"
+    least: float = 0.5
+    anchors: int = 4
+    candidates: int = 64
+    window: tuple[int, int, int] | None = None
     members: int = 1
+    by_block: bool = True
+    noise: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < self.noise <= 1:
+            raise ValueError(f"noise: expected a share in (0, 1], got {self.noise}")
+        if self.alike not in ALIKE:
+            raise ValueError(f"alike: expected one of {', '.join(ALIKE)}, got {self.alike!r}")
+        if not 0 < self.anchors <= self.candidates:
+            raise ValueError(
+                f"anchors: expected in [1, {self.candidates}], the candidates, got {self.anchors}"
+            )
+
+
+Layers = tuple[tuple[str, tuple[int, ...]], ...]  # (site, block numbers) pairs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +69,11 @@ class Decomposition:
 
     Attributes:
       tokens: how many of each video.
-      layers: (site, block numbers) pairs.
+      layers: of the model.
     """
 
     tokens: int
-    layers: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: Layers
 
 
 @jax.tree_util.register_dataclass
@@ -57,17 +82,23 @@ class State:
     """What one block knows; stacked over the blocks outside.
 
     Attributes:
-      refresh: bool `[]`, whether this step looks.
+      look: bool `[]`, whether this step looks at the attention.
+      learn: bool `[]`, whether this step chooses freely and learns the sub-formatbooks.
       salient: token numbers, int32 `[B, n]`, most salient first.
       group: of each token, int32 `[B, S]`.
-      books: sub-formatbooks by site, uint8 `[B, anchors + 1, 8]`.
+      next_group: from the next step that learns on.
+      books: sub-formatbooks by site, uint8 `[B, anchors + 1, G, 8]`.
+      shares: by site, whether this block shares, bool `[]`.
       active: by site, whether this block decomposes, bool `[]`.
     """
 
-    refresh: jax.Array
+    look: jax.Array
+    learn: jax.Array
     salient: jax.Array
     group: jax.Array
+    next_group: jax.Array
     books: dict[str, jax.Array]
+    shares: dict[str, jax.Array]
     active: dict[str, jax.Array]
 
 
@@ -78,41 +109,50 @@ class SemanticDialect:
     Attributes:
       rules: formats by site; dialect formats at the sites of the video's tokens.
       grid: tokens of a video along (T, H, W).
-      sites: of the blocks, those whose inputs are the video's tokens.
+      sites: of the blocks, those whose inputs are the video's tokens; with the inputs' width.
       sharing: SeDA, or None.
+      sharing_layers: where; None is everywhere.
       decomposition: or None.
       saliency: "cross": how distinct a token's cross-attention is; "self": attention received;
         "error": what quantising left over, at each site and step.
       stride: "self" asks every stride-th query.
-      refresh_every: steps; 0 looks at the first step only.
+      refresh_every: steps between two that learn; 0 learns once. Step 0 looks and step 1 learns,
+        then every so many steps one learns and the one before it looks.
 
-    Anchors are the most salient tokens known when a block's self-attention is seen: with "cross"
-    those of the refresh before, and evenly spread ones at the first; with "error" always those.
+    Candidates for anchors are the most salient tokens known when the attention in question is seen:
+    self-attention knows those of the look before (at the first, evenly spread ones).
     """
 
     rules: tuple[SiteRule, ...]
     grid: tuple[int, int, int]
-    sites: tuple[str, ...]
+    sites: tuple[tuple[str, int], ...]
     sharing: Sharing | None = None
+    sharing_layers: Layers | None = None
     decomposition: Decomposition | None = None
     saliency: str = "cross"
     stride: int = 8
-    refresh_every: int = 4
+    refresh_every: int = 6
 
     def __post_init__(self):
         if self.saliency not in SALIENCY:
             raise ValueError(
                 f"saliency: expected one of {', '.join(SALIENCY)}, got {self.saliency!r}"
             )
-        for name in ("anchors", "tokens"):
-            part = self.sharing if name == "anchors" else self.decomposition
+        if self.sharing is not None and self.refresh_every == 1:
+            raise ValueError("refresh_every: a step that learns shares nothing; expected 0 or >= 2")
+        for name in ("candidates", "tokens"):
+            part = self.sharing if name == "candidates" else self.decomposition
             if part is not None and not 0 < getattr(part, name) <= self.tokens:
                 raise ValueError(
                     f"{name}: expected in [1, {self.tokens}], got {getattr(part, name)}"
                 )
-        unknown = {site for site, _ in self._layers} - set(self.sites)
-        if unknown:
-            raise ValueError(f"decomposition: no such site: {', '.join(sorted(unknown))}")
+        for name, layers in (
+            ("decomposition", self._layers),
+            ("sharing_layers", self.sharing_layers or ()),
+        ):
+            unknown = {site for site, _ in layers} - {site for site, _ in self.sites}
+            if unknown:
+                raise ValueError(f"{name}: no such site: {', '.join(sorted(unknown))}")
 
     @property
     def tokens(self) -> int:
@@ -120,24 +160,29 @@ class SemanticDialect:
         return int(np.prod(self.grid))
 
     @property
-    def _sharing_sites(self) -> tuple[str, ...]:
-        """Where there is a choice to share; a site that is kept or has another format has none."""
-        rules = {site: first_match(self.rules, site) for site in self.sites}
-        return tuple(
-            site
-            for site, rule in rules.items()
-            if self.sharing and rule is not None and rule.rule == "two_stage"
-        )
+    def _books(self) -> dict[str, int]:
+        """How many a group has, by site: none where it is kept or its format has no choice."""
+        if self.sharing is None:
+            return {}
+        found = {}
+        for site, width in self.sites:
+            rule = first_match(self.rules, site)
+            if self.sharing_layers is not None and site not in dict(self.sharing_layers):
+                continue
+            if rule is not None and rule.rule == "two_stage":
+                blocks, _ = blocks_of(width, formats.parse(rule.format or ""))
+                found[site] = blocks if self.sharing.by_block else 1
+        return found
 
     @property
-    def _layers(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def _layers(self) -> Layers:
         return self.decomposition.layers if self.decomposition else ()
 
     @property
     def _salient(self) -> int:
         """How many salient tokens are remembered."""
         return max(
-            self.sharing.anchors if self.sharing else 1,
+            self.sharing.candidates if self.sharing else 1,
             self.decomposition.tokens if self.decomposition else 1,
         )
 
@@ -145,38 +190,54 @@ class SemanticDialect:
         """Nobody is in a group; the salient tokens are evenly spread. Stacked over the blocks."""
         spread = jnp.linspace(0, self.tokens - 1, self._salient).round().astype(jnp.int32)
         anchors = self.sharing.anchors if self.sharing else 0
-        books = jnp.full((batch, anchors + 1, 8), 15, jnp.uint8)
+        alone = jnp.full((batch, self.tokens), anchors, jnp.int32)
         one = State(
-            refresh=jnp.array(False),
+            look=jnp.array(False),
+            learn=jnp.array(False),
             salient=jnp.broadcast_to(spread, (batch, self._salient)),
-            group=jnp.full((batch, self.tokens), anchors, jnp.int32),
-            books=dict.fromkeys(self._sharing_sites, books),
+            group=alone,
+            next_group=alone,
+            books={
+                site: jnp.full((batch, anchors + 1, count, 8), 15, jnp.uint8)
+                for site, count in self._books.items()
+            },
+            shares={},
             active={},
         )
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (blocks, *x.shape)), one)
-        active = {
-            site: jnp.asarray([block in layers for block in range(blocks)])
-            for site, layers in self._layers
-        }
-        return dataclasses.replace(stacked, active=active)
+
+        def marked(layers: Layers) -> dict[str, jax.Array]:
+            numbers = jnp.arange(blocks)
+            return {site: jnp.isin(numbers, jnp.asarray(of, int)) for site, of in layers}
+
+        everywhere = tuple((site, tuple(range(blocks))) for site in self._books)
+        shares = everywhere if self.sharing_layers is None else self.sharing_layers
+        return dataclasses.replace(stacked, shares=marked(shares), active=marked(self._layers))
 
     def at_step(self, state: State, step: jax.Array) -> State:
         """The state with which sampling step number `step` begins."""
         every = self.refresh_every
-        refresh = (step % every == 0) if every else (step == 0)
-        return dataclasses.replace(state, refresh=jnp.broadcast_to(refresh, state.refresh.shape))
+        look, learn = step == 0, step == 1
+        if every:
+            look, learn = (
+                look | ((step + 1) % every == 0),
+                learn | ((step > 0) & (step % every == 0)),
+            )
+        return dataclasses.replace(
+            state,
+            look=jnp.broadcast_to(look, state.look.shape),
+            learn=jnp.broadcast_to(learn, state.learn.shape),
+            group=jnp.where(learn, state.next_group, state.group),
+        )
 
     def quantize(self, x: jax.Array, site: str, state: State | None) -> Input:
         """x `[B, S, K]`, rounded within its token's sub-formatbook, decomposed where planned."""
         rule = first_match(self.rules, site)
-        if rule is None or rule.format is None:
+        if rule is None:
             return x
-        allowed = None
-        if state is not None and site in state.books:
-            allowed = seda.allowed(state.books[site], state.group)
-            allowed = jnp.where(state.refresh, jnp.uint8(15), allowed)
-        base = fake_quantize(x, rule.format, select=rule.rule, allowed=allowed)
-        if state is None or site not in state.active:
+        x = rule.turned(x)
+        base = rule.rounded(x, self.allowed(site, state))
+        if rule.format is None or state is None or site not in state.active:
             return base
         assert self.decomposition is not None
         tokens = state.salient[:, : self.decomposition.tokens]
@@ -185,54 +246,70 @@ class SemanticDialect:
             tokens = saliency.most_salient(left, self.decomposition.tokens)
         return decompose(x, base, tokens, state.active[site], rule.format, rule.rule)
 
+    def allowed(self, site: str, state: State | None) -> jax.Array | None:
+        """Each token's sub-formatbooks at a site, uint8 `[B, S, G, 8]`; None: all is allowed."""
+        if state is None or site not in state.books:
+            return None
+        shared = seda.allowed(state.books[site], state.group)
+        free = state.learn | ~state.shares[site]
+        return jnp.where(free, jnp.uint8(15), shared)
+
     def saw_input(self, x: jax.Array, site: str, state: State | None) -> State | None:
-        """Sub-formatbooks for this site's groups, on a refresh step."""
+        """Sub-formatbooks for this site's groups, on a step that learns."""
         if state is None or site not in state.books or self.sharing is None:
             return state
         rule = first_match(self.rules, site)
         assert rule is not None and rule.format is not None
-        sharing, fmt = self.sharing, rule.format
+        sharing, fmt, turn = self.sharing, rule.format, rule.turned
 
-        def look() -> jax.Array:
+        def learned() -> jax.Array:
             return seda.sub_formatbooks(
-                x, state.group, fmt, count=sharing.anchors, members=sharing.members
+                turn(x),
+                state.group,
+                fmt,
+                count=sharing.anchors,
+                members=sharing.members,
+                by_block=sharing.by_block,
             )
 
-        book = jax.lax.cond(state.refresh, look, lambda: state.books[site])
+        book = jax.lax.cond(state.learn, learned, lambda: state.books[site])
         return dataclasses.replace(state, books={**state.books, site: book})
 
     def saw_attention(
         self, q: jax.Array, k: jax.Array, site: str, state: State | None
     ) -> State | None:
-        """Salient tokens and groups, on a refresh step."""
+        """Salient tokens and the next groups, on a step that looks."""
         if state is None:
             return state
         salient, group = jax.lax.cond(
-            state.refresh,
+            state.look,
             lambda: self._look(q, k, site, state),
-            lambda: (state.salient, state.group),
+            lambda: (state.salient, state.next_group),
         )
-        return dataclasses.replace(state, salient=salient, group=group)
+        return dataclasses.replace(state, salient=salient, next_group=group)
 
     def _look(
         self, q: jax.Array, k: jax.Array, site: str, state: State
     ) -> tuple[jax.Array, jax.Array]:
-        salient, group = state.salient, state.group
-        if site.endswith("cross_attn"):
-            if self.saliency == "cross":
-                salient = saliency.most_salient(saliency.distinct_attention(q, k), self._salient)
-            return salient, group
-        if self.saliency == "self":
-            received = saliency.attention_received(q, k, stride=self.stride)
-            salient = saliency.most_salient(received, self._salient)
-        if self.sharing is not None:
+        salient, group, sharing = state.salient, state.next_group, self.sharing
+        of_text = site.endswith("cross_attn")
+        if self.saliency == ("cross" if of_text else "self"):
+            score = (
+                saliency.distinct_attention(q, k)
+                if of_text
+                else saliency.attention_received(q, k, stride=self.stride)
+            )
+            salient = saliency.most_salient(score, self._salient)
+        if sharing is not None and sharing.alike == ("text" if of_text else "attention"):
+            candidates = salient[:, : sharing.candidates]
+            alike = saliency.text_similarity if of_text else saliency.shared_attention
             group = seda.groups(
-                q,
-                k,
-                salient[:, : self.sharing.anchors],
+                alike(q, k, candidates),
+                candidates,
+                anchors=sharing.anchors,
                 grid=self.grid,
-                window=self.sharing.window,
-                least=self.sharing.least,
+                window=sharing.window,
+                least=sharing.least,
             )
         return salient, group
 

@@ -11,11 +11,11 @@ import numpy as np
 import rich.table
 
 import sdq
+from models.common.recipes import KEEP, Recipe
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model
 from models.shapes.generate import Settings
 from models.shapes.params import WEIGHTS, load
-from models.shapes.recipe import KEEP, Recipe
 from models.shapes.scores import Scores, Task, reordered, score
 from sdq.manifest import to_json_number
 
@@ -32,11 +32,13 @@ ATTRIBUTES = {
     "one_thing": "everything, one thing",
 }
 MEASURES = {  # name: (words, digits)
+    "sqnr_db": ("SQNR of the velocity, dB", 2),
     "psnr_db": ("PSNR to the reference, dB", 2),
     "ssim": ("SSIM to the reference", 4),
     "flicker": ("flicker where nothing moves", 4),
     "warping_error": ("error along the motion", 4),
 }
+FAST = 1.0  # pixels a frame: faster captions have high motion; things that stay or grow have none
 
 
 def evaluate(
@@ -44,21 +46,33 @@ def evaluate(
     settings: Settings,
     task: Task,
     checkpoint: str | os.PathLike = WEIGHTS,
+    against: Recipe | None = None,
 ) -> dict[str, Any]:
     """Measure recipes.
 
+    Args:
+      chosen: the recipes.
+      settings: how to sample.
+      task: which captions and noise.
+      checkpoint: the model's weights.
+      against: one to compare them with, prompt by prompt; measured too if it is not among them.
     Returns:
       A `summary` by name, for JSON: KEEP is the reference, FLOOR the noise floor, then each recipe
       by its words.
     """
     params = load(checkpoint)
     models = {FLOOR: Model(reordered(params), settings)}
-    for recipe in chosen:
+    for recipe in dict.fromkeys([*chosen, *([against] if against else [])]):
         models[str(recipe)] = Model(*recipes.apply(params, recipe, settings))
     scores = score(Model(params, settings), models, task)
     reference = scores.pop("reference")
     return {KEEP: summary(reference, reference)} | {
-        name: summary(other, reference) for name, other in scores.items()
+        name: {
+            "extra_work": recipes.added_work(params, models[name].settings),
+            **summary(other, reference),
+            **({"against": differences(other, scores[str(against)])} if against else {}),
+        }
+        for name, other in scores.items()
     }
 
 
@@ -83,24 +97,69 @@ def summary(scores: Scores, reference: Scores) -> dict[str, Any]:
 
     "change" is against the reference, prompt by prompt, so its error is smaller than that of two
     independent samples. Clips that a measure cannot judge in the reference (nothing rests in
-    them, say) are left out of it.
+    them, say) are left out of it. "low_motion" and "high_motion" are the same of those prompts
+    alone. "inconsistency" is how differently the tokens of one thing round the same numbers, root
+    of the mean square, as a share of the numbers; "by_distance" by the frames of tokens between.
     """
+    fast = scores.speed > FAST
+    return {
+        **_means(scores, reference, np.ones_like(fast)),
+        **_inconsistency(scores),
+        "step_sqnr_db": [to_json_number(float(step.mean())) for step in scores.step_sqnr_db],
+        "low_motion": _means(scores, reference, ~fast) | _inconsistency(scores, ~fast),
+        "high_motion": _means(scores, reference, fast) | _inconsistency(scores, fast),
+    }
+
+
+def differences(scores: Scores, base: Scores) -> dict[str, Any]:
+    """Of two models, prompt by prompt: surer than the difference of their means."""
+    fast = scores.speed > FAST
+    found = {}
+    for name in ("psnr_db", "sqnr_db"):
+        change = _by_prompt(scores, name) - _by_prompt(base, name)
+        found[name] = _mean(change)
+        found |= {f"{name}, low motion": _mean(change[~fast])} if len(change) else {}
+        found |= {f"{name}, high motion": _mean(change[fast])} if len(change) else {}
+    right = [one.right["all"].astype(float) for one in (scores, base)]
+    return found | {"right": _mean(right[0] - right[1])}
+
+
+def _by_prompt(scores: Scores, name: str) -> np.ndarray:
+    if name == "sqnr_db":
+        return scores.step_sqnr_db.mean(axis=0) if len(scores.step_sqnr_db) else np.zeros(0)
+    return getattr(scores, name)
+
+
+def _means(scores: Scores, reference: Scores, of: np.ndarray) -> dict[str, Any]:
+    """Of the prompts `of`."""
     accuracy, change = {}, {}
     for name in ATTRIBUTES:
-        right, before = (_right(which, name) for which in (scores, reference))
+        which = of & scores.one_thing if name == "one_thing" else of
+        field = "all" if name == "one_thing" else name
+        right, before = (one.right[field].astype(float)[which] for one in (scores, reference))
         accuracy[name] = _mean(right)
         change[name] = _mean(right - before)
-    return {
-        "accuracy": accuracy,
-        "change": change,
-        **{
-            name: _mean(getattr(scores, name)[np.isfinite(getattr(reference, name))])
-            if name in ("flicker", "warping_error")
-            else _mean(getattr(scores, name))
-            for name in MEASURES
-        },
-        "step_sqnr_db": [to_json_number(float(step.mean())) for step in scores.step_sqnr_db],
-    }
+    found = {"prompts": int(of.sum()), "accuracy": accuracy, "change": change}
+    for name in MEASURES:
+        values, known = _by_prompt(scores, name), of
+        if name in ("flicker", "warping_error"):
+            known = of & np.isfinite(getattr(reference, name))
+        found[name] = _mean(values[known[: len(values)]])
+    return found
+
+
+def _inconsistency(scores: Scores, of: np.ndarray | None = None) -> dict[str, Any]:
+    """Nothing where it was not measured; a video without pairs says nothing."""
+    if scores.differences is None:
+        return {}
+    sums = scores.differences if of is None else scores.differences[of]
+
+    def share(sums: np.ndarray) -> dict[str, Any]:
+        seen = sums[sums[:, 1] > 0]
+        return _mean(np.sqrt(seen[:, 0] / seen[:, 1]))
+
+    by_distance = [share(sums[:, apart]) for apart in range(sums.shape[1])]
+    return {"inconsistency": share(sums.sum(axis=1)), "by_distance": by_distance}
 
 
 def to_rich(columns: Mapping[str, dict[str, Any]], caption: str) -> rich.table.Table:
@@ -124,13 +183,6 @@ def to_rich(columns: Mapping[str, dict[str, Any]], caption: str) -> rich.table.T
         )
         table.add_row(f"SQNR of the velocity, {words} step, dB", *cells)
     return table
-
-
-def _right(scores: Scores, name: str) -> np.ndarray:
-    """Float `[prompts]`, of "one_thing" those prompts alone."""
-    if name == "one_thing":
-        return scores.right["all"][scores.one_thing].astype(float)
-    return scores.right[name].astype(float)
 
 
 def _mean(values: np.ndarray) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import numpy as np
 
 import sdq
 from models.common.progress import step_bar
+from models.common.recipes import KEEP, Recipe
 from models.common.sampler import Trajectory, sigmas
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model, layer_sqnr_db, step_sqnr_db
 from models.shapes.detect import detect, verdicts
 from models.shapes.generate import Settings, generate, start
 from models.shapes.params import WEIGHTS, load
-from models.shapes.recipe import KEEP, Recipe
 from models.shapes.vocabulary import Caption, parse, tokenize
 from models.shapes.world import scene_of
 from sdq import LeafReport
@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
       prompts: captions.
-      recipe: formats of weights and activations.
+      recipe: how the model is quantised.
       settings: how to sample.
       out: folder for the files.
       compare: also sample the bf16 model and write report.html.
@@ -134,7 +134,11 @@ def _report(job: Job, leaves: Sequence[LeafReport], compared: Sequence[_Compared
     return Report(
         title="Quantised sampling beside bf16",
         model=f"shapes, {sum(np.prod(leaf.shape) for leaf in leaves) / 1e6:.1f} M parameters",
-        recipe=RecipeWords(weights=job.recipe.weights, activations=job.recipe.acts, reference=KEEP),
+        recipe=RecipeWords(
+            weights=job.recipe.weight_formats,
+            activations=job.recipe.input_formats,
+            reference=KEEP,
+        ),
         clips=[one.clip for one in compared],
         memory=_memory(leaves),
         layer_sqnr_db=compared[-1].layer_sqnr_db,

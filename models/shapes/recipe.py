@@ -1,38 +1,25 @@
-"""A recipe for the shapes model: which formats its weights and activations get."""
+"""Recipes carried out on the shapes model."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from models.common import kernels, recipes
+from models.common.attention import QuantizedAttention
 from models.common.layers import Ops
-from models.common.quantizer import InputQuantizer, SiteRule
-from models.shapes.generate import PLAIN_OPS, Settings
-from sdq import LeafReport, Rule, formats, progress_bar, quantize_params, resolve
-from sdq.rules import Plan
+from models.common.progress import step_bar
+from models.common.recipes import Recipe
+from models.common.scan import linear_work
+from models.common.semantic import SemanticDialect, extra_work
+from models.shapes import scan
+from models.shapes.config import CONFIG
+from models.shapes.generate import Settings
+from models.shapes.world import VIDEO
+from models.wan.sites import SITES, VIDEO_SITES, video_inputs
+from models.wan.smooth import smooth
+from sdq import LeafReport, progress_bar, quantize_params
 
-KEEP = "bf16"  # the name of "not quantised"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Formats of the blocks' kernels and of the inputs of the blocks' linears; or "bf16"."""
-
-    weights: str = KEEP
-    acts: str = KEEP
-
-    def __post_init__(self):
-        for name in (self.weights, self.acts):
-            if name != KEEP:
-                formats.parse(name)
-
-    def __str__(self) -> str:
-        return f"weights {self.weights}, activations {self.acts}"
-
-
-def plan(params: Any, recipe: Recipe) -> Plan:
-    """What happens to each weight."""
-    blocks = [] if recipe.weights == KEEP else [Rule(r"dit/blocks/.*/kernel", recipe.weights)]
-    return resolve([*blocks, Rule(r".*", None)], params)
+LOOKS = 6  # steps of the trajectory at which the plan for decomposition looks
 
 
 def apply(
@@ -41,11 +28,72 @@ def apply(
     settings: Settings,
     on_leaf: Callable[[LeafReport], None] | None = None,
 ) -> tuple[Any, Settings]:
-    """Quantised weights, and settings whose ops quantise activations; with a progress bar."""
-    decided = plan(params, recipe)
-    with progress_bar(decided, on_leaf) as advance:
-        quantised = quantize_params(params, decided, on_leaf=advance)
-    ops = PLAIN_OPS
-    if recipe.acts != KEEP:
-        ops = Ops(quantizer=InputQuantizer((SiteRule(r"blocks/.*", recipe.acts),)))
+    """Quantised weights, and settings whose ops quantise the rest; with progress bars.
+
+    Args:
+      params: of the model, arrays.
+      recipe: what to do.
+      settings: how the model is sampled, also while it is scanned.
+      on_leaf: called with a LeafReport after each leaf.
+    Raises:
+      ValueError: the recipe does not fit, before any work is done.
+    """
+    recipes.plan(params, recipe, SITES)
+    decomposition = statistics = layers = None
+    if recipe.needs_scan:
+        steps = settings.sampler.steps
+        with step_bar(
+            "scan", steps + (min(LOOKS, steps) if recipe.needs_noise else 0)
+        ) as step_done:
+            seen = scan.watch(params, settings, on_step=step_done)
+            if recipe.smooth is not None:
+                found = scan.statistics(params, seen, settings.dtype)
+                largest = {site: of.largest for site, of in found.items()}
+                params = params | {"dit": smooth(params["dit"], largest, recipe.smooth)}
+            if recipe.needs_noise:
+                options = {"dtype": settings.dtype, "on_step": step_done}
+                noise = scan.noise(params, seen.thinned(LOOKS), recipe.inputs, **options)
+                if recipe.extra_work:
+                    proposal = scan.plan(params, noise, recipe.extra_work, recipe.salient)
+                    decomposition = proposal.decomposition
+                if recipe.sharing is not None:
+                    layers = scan.sharing_layers(noise, decomposition, recipe.sharing.noise)
+            if recipe.feedback:
+                statistics = scan.statistics(params, seen, settings.dtype)
+    params = _with_blocks(params, kernels.rotate(_blocks(params), SITES, recipe.inputs))
+    plan = recipes.plan(params, recipe, SITES)
+    with progress_bar(plan, on_leaf) as advance:
+        quantised = quantize_params(params, plan, on_leaf=advance)
+    if statistics is not None:
+        better = kernels.feed_back(
+            _blocks(quantised), _blocks(params), statistics, SITES, recipe.inputs
+        )
+        quantised = _with_blocks(quantised, better)
+    quantizer = recipes.quantizer(
+        recipe,
+        grid=CONFIG.dit.grid(VIDEO[:3]),
+        sites=video_inputs(CONFIG.dit),
+        decomposition=decomposition,
+        sharing_layers=layers,
+    )
+    ops = Ops(quantizer=quantizer)
+    if recipe.attention is not None:
+        ops = dataclasses.replace(ops, attention=QuantizedAttention(recipe.attention))
     return quantised, dataclasses.replace(settings, ops=ops)
+
+
+def added_work(params: Any, settings: Settings) -> float:
+    """Matrix products that the settings' decomposition adds, as a share of the blocks' own."""
+    quantizer = settings.ops.quantizer
+    if not isinstance(quantizer, SemanticDialect) or quantizer.decomposition is None:
+        return 0.0
+    work = linear_work(_blocks(params), VIDEO_SITES)
+    return extra_work(quantizer.decomposition, work, scan.TOKENS, CONFIG.dit.layers)
+
+
+def _blocks(params: Any) -> Any:
+    return params["dit"]["blocks"]
+
+
+def _with_blocks(params: Any, blocks: Any) -> Any:
+    return params | {"dit": params["dit"] | {"blocks": blocks}}

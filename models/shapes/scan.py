@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,20 @@ import numpy as np
 from models.common.layers import Ops
 from models.common.quantizer import SiteRule
 from models.common.sampler import sigmas, velocity_from_x0
-from models.common.scan import Probe, ProbeState, noise_power, second_moments
+from models.common.scan import (
+    SHARES,
+    InputStatistics,
+    Probe,
+    ProbeState,
+    Proposal,
+    input_statistics,
+    linear_work,
+    noise_power,
+    propose,
+    quiet_layers,
+    token_count,
+)
+from models.common.semantic import Decomposition, Layers
 from models.shapes.config import CONFIG
 from models.shapes.generate import Settings, generate, start
 from models.shapes.modeling import Shapes
@@ -37,6 +50,11 @@ class Seen:
     levels: jax.Array
     tokens: jax.Array
 
+    def thinned(self, steps: int) -> "Seen":
+        """At most so many steps, evenly spread."""
+        number = np.unique(np.linspace(0, len(self.x) - 1, steps).round().astype(int))
+        return dataclasses.replace(self, x=self.x[number], levels=self.levels[number])
+
 
 def watch(
     params: Any,
@@ -56,37 +74,39 @@ def watch(
     return Seen(x=seen.x, levels=levels, tokens=tokens)
 
 
-def moments(params: Any, seen: Seen, dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:
-    """E[x x^T] of every site's inputs, float32 `[blocks, K, K]`, over all that was seen."""
-    return _moments(params, seen.x, seen.levels, seen.tokens, dtype=dtype)
+def statistics(params: Any, seen: Seen, dtype: Any = jnp.bfloat16) -> dict[str, InputStatistics]:
+    """Of every site's inputs, over all that was seen."""
+    return _statistics(params, seen.x, seen.levels, seen.tokens, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _moments(params, x, levels, tokens, *, dtype):
+def _statistics(params, x, levels, tokens, *, dtype):
     model = Shapes(CONFIG, dtype=dtype)
 
-    def step(x: jax.Array, level: jax.Array) -> dict[str, jax.Array]:
+    def step(x: jax.Array, level: jax.Array) -> dict[str, InputStatistics]:
         level = jnp.broadcast_to(level, len(x))
         _, found = model.apply({"params": params}, x, level, tokens, mutable=["intermediates"])
         blocks = flatten(found["intermediates"]["dit"]["blocks"])
-        return second_moments(
+        return input_statistics(
             {site: blocks[site.removeprefix("blocks/") + "_input"] for site in SITES}
         )
 
     def add(total, seen):
-        return jax.tree.map(jnp.add, total, step(*seen)), None
+        new = step(*seen)
+        return {site: total[site].plus(new[site]) for site in total}, None
 
-    first = step(x[0], levels[0])
-    total, _ = jax.lax.scan(add, first, (x[1:], levels[1:]))
-    return jax.tree.map(lambda m: m / len(x), total)
+    total, _ = jax.lax.scan(add, step(x[0], levels[0]), (x[1:], levels[1:]))
+    return {
+        site: of._replace(second_moment=of.second_moment / len(x)) for site, of in total.items()
+    }
 
 
 def noise(
     params: Any,
     seen: Seen,
-    fmt: str,
+    rules: Sequence[SiteRule],
     *,
-    probes: int = 4,
+    probes: int = 2,
     seed: int = 0,
     dtype: Any = jnp.bfloat16,
     on_step: Callable[[np.ndarray], None] | None = None,
@@ -96,8 +116,7 @@ def noise(
     Returns:
       By site `[steps, blocks, bins]`: power over the velocity's own, salient tokens first.
     """
-    rules = (SiteRule(r"blocks/.*", fmt),)
-    probe = Probe(rules=rules, sites=tuple(VIDEO_SITES), tokens=TOKENS)
+    probe = Probe(rules=tuple(rules), sites=tuple(VIDEO_SITES), tokens=TOKENS)
     found = _noise(
         params,
         seen.x,
@@ -109,7 +128,35 @@ def noise(
         dtype=dtype,
         on_step=on_step,
     )
-    return {site: np.asarray(power) for site, power in found.items()}
+    return {site: np.asarray(found[site]) for site in VIDEO_SITES}  # in the order of the model
+
+
+def bins_of(tokens: int) -> int:
+    """How many of the scan's bins hold so many tokens."""
+    return 1 + [token_count(share, TOKENS) for share in SHARES].index(tokens)
+
+
+def plan(
+    params: Any, noise: Mapping[str, np.ndarray], budget: float, salient: float | None = None
+) -> Proposal:
+    """Where decomposition pays, by the mean noise over the steps; of `salient` tokens if given."""
+    work = linear_work(params["dit"]["blocks"], VIDEO_SITES)
+    shares = SHARES if salient is None else (salient,)
+    return propose(_mean(noise), work, TOKENS, budget, shares)
+
+
+def sharing_layers(
+    noise: Mapping[str, np.ndarray], decomposition: Decomposition | None, part: float
+) -> Layers:
+    """Where sharing sub-formatbooks costs little: layers that make at most that part of noise."""
+    if decomposition is None:
+        return quiet_layers(_mean(noise), (), 0, part)
+    bins = bins_of(decomposition.tokens)
+    return quiet_layers(_mean(noise), decomposition.layers, bins, part)
+
+
+def _mean(noise: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {site: power.mean(axis=0) for site, power in noise.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("probe", "probes", "dtype", "on_step"))

@@ -191,6 +191,13 @@ def tracks(scene: Scene) -> tuple[jax.Array, jax.Array]:
     return centres, scene.radius[None] * GROWTH ** (_pick(motion, GROWS) * (time - 0.5))
 
 
+def speed(scene: Scene) -> jax.Array:
+    """Of the fastest thing, in pixels a frame, float32 `[]`; growing in place is no speed."""
+    centres, _ = tracks(scene)
+    paces = jnp.linalg.norm(jnp.diff(centres, axis=0), axis=-1).mean(axis=0)  # [2]
+    return jnp.where(jnp.arange(2) < scene.count, paces, 0).max()
+
+
 def _per_motion(**values: float) -> np.ndarray:
     """A number for each motion by its name with "_" for " ", 0 for the others."""
     return np.array([values.get(name.replace(" ", "_"), 0.0) for name in MOTIONS], np.float32)

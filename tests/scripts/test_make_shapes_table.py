@@ -2,14 +2,16 @@ import hashlib
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
+from models.common.recipes import KEEP, RECIPES
 from models.common.sampler import Sampler
 from models.shapes import evaluation
-from models.shapes.evaluation import FLOOR, summary
+from models.shapes.evaluation import FLOOR, differences, summary
 from models.shapes.params import WEIGHTS
-from models.shapes.recipe import KEEP, Recipe
 from scripts import make_shapes_table
+from scripts._shapes_tables import ABLATION, FORMATS, TABLES
 from tests.models.shapes.test_evaluation import REFERENCE, made
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,39 +22,62 @@ def measured(monkeypatch):
     """Measuring takes no time; says which recipes were asked for."""
     asked = []
 
-    def evaluate(chosen, settings, task):
+    def evaluate(chosen, settings, task, against=None):
         assert isinstance(settings.sampler, Sampler) and task.prompts == 4
-        asked.extend(str(recipe) for recipe in chosen)
-        found = {KEEP: REFERENCE, FLOOR: made([1, 1, 1, 0])}
-        found |= {str(recipe): made([1, 0, 1, 0]) for recipe in chosen}
-        return {name: summary(scores, REFERENCE) for name, scores in found.items()}
+        asked.extend(recipe.name for recipe in chosen)
+        scores = {KEEP: REFERENCE, FLOOR: made([1, 1, 1, 0])}
+        sums = np.ones((4, 8, 2)) if task.consistency else None
+        for recipe in [*chosen, *([against] if against else [])]:
+            scores[recipe.name] = made([1, 0, 1, 0], differences=sums)
+        found = {name: summary(one, REFERENCE) for name, one in scores.items()}
+        if against is not None:
+            for name in found.keys() - {KEEP}:
+                found[name]["against"] = differences(scores[name], scores[against.name])
+        return found
 
     monkeypatch.setattr(make_shapes_table, "evaluate", evaluate)
     return asked
 
 
-def run(folder, *options):
-    make_shapes_table.main(["--prompts", "4", "--out", str(folder), *options])
-    document = json.loads((folder / "shapes_formats.json").read_text())
-    return document, (folder / "shapes_formats.md").read_text()
+def run(folder, table="formats"):
+    make_shapes_table.main([table, "--prompts", "4", "--out", str(folder)])
+    stem = folder / f"shapes_{table}"
+    assert stem.with_suffix(".png").stat().st_size > 1000
+    return json.loads(stem.with_suffix(".json").read_text()), stem.with_suffix(".md").read_text()
 
 
-def test_every_recipe_has_a_row(measured, tmp_path):
-    document, page = run(tmp_path)
-    names = [str(recipe) for recipe in make_shapes_table.RECIPES]
-    assert measured == names and list(document["results"]) == [KEEP, FLOOR, *names]
-    assert page.count("\n| `") == sum(
-        recipe.weights != KEEP for recipe in make_shapes_table.RECIPES
-    )
+@pytest.mark.parametrize("name, table", TABLES.items())
+def test_every_recipe_has_a_row(measured, tmp_path, name, table):
+    document, page = run(tmp_path, name)
+    assert list(document["results"]) == [KEEP, FLOOR, *table.recipes]
+    compared = {table.against.name} if table.against else set()
+    assert set(measured) | compared == set(table.recipes)
+    for heading, recipes in table.groups.items():
+        part = page.split(f"## {heading}\n")[1] if heading else page
+        rows = [line for line in part.split("## ")[0].splitlines() if line.startswith("| ")]
+        for recipe in recipes:
+            first = recipe.name if "recipe" in table.columns else f"`{recipe.weight_formats}`"
+            assert any(row.startswith(f"| {first}") for row in rows) or recipe.weights == ()
+        assert {row.count("|") for row in rows} >= {len(table.columns) + 1}
+
+
+def test_cells_are_means_with_errors(measured, tmp_path):
+    _, page = run(tmp_path)
     row = next(
         line for line in page.splitlines() if line.startswith("| `mxfp4` 4.25 bit | `mxfp4`")
     )
     assert row.split(" | ")[2:5] == ["50.0 ± 28.9", "25.0 ± 25.0", "23.00 ± 1.29"]
 
 
+def test_the_full_recipe_and_all_the_others_are_measured():
+    assert set(RECIPES) <= set(TABLES["recipes"].recipes)
+    assert RECIPES["semanticdialect"] in ABLATION.groups["Parts"]
+    assert TABLES["recipes"].seeds == ABLATION.seeds == 3
+
+
 def test_an_interrupted_run_goes_on(measured, tmp_path):
     document, page = run(tmp_path)
-    lost = [str(recipe) for recipe in make_shapes_table.RECIPES[3:5]]
+    lost = list(FORMATS.recipes)[3:5]
     for name in lost:
         del document["results"][name]
     (tmp_path / "shapes_formats.json").write_text(json.dumps(document))
@@ -67,7 +92,7 @@ def test_results_under_other_conditions_are_not_mixed(measured, tmp_path, monkey
     measured.clear()
     monkeypatch.setattr(evaluation.jax, "__version__", "0.0.0")
     run(tmp_path)
-    assert len(measured) == len(make_shapes_table.RECIPES)
+    assert len(measured) == len(FORMATS.recipes)
 
 
 def test_committed_results_are_of_the_bundled_weights_and_good_enough():
@@ -77,12 +102,12 @@ def test_committed_results_are_of_the_bundled_weights_and_good_enough():
     assert made["checkpoint"] == weights, "measure again: python -m scripts.make_shapes_table"
     assert made["prompts"] >= 512
     results = document["results"]
-    assert set(results) == {KEEP, FLOOR, *(str(recipe) for recipe in make_shapes_table.RECIPES)}
+    assert set(results) == {KEEP, FLOOR, *FORMATS.recipes}
     right = {name: value["mean"] for name, value in results[KEEP]["accuracy"].items()}
     floors = {"colour": 0.99, "background": 0.99, "shape": 0.96, "size": 0.96, "motion": 0.96}
     assert {name: floor for name, floor in floors.items() if right[name] < floor} == {}
     assert right["one_thing"] >= 0.9
     # A world in which 4 bits were easy would prove nothing.
-    coarse, fine = (results[str(Recipe(weights=f, acts=f))] for f in ("mxfp4", "int8"))
+    coarse, fine = (results[f"weights {name}, activations {name}"] for name in ("mxfp4", "int8"))
     lost = fine["accuracy"]["all"]["mean"] - coarse["accuracy"]["all"]["mean"]
     assert lost >= 0.04 or fine["psnr_db"]["mean"] - coarse["psnr_db"]["mean"] >= 6

@@ -40,6 +40,28 @@ def test_distinct_attention_is_the_distance_from_the_mean_token():
     np.testing.assert_allclose(saliency.distinct_attention(q, k), expected, rtol=1e-5)
 
 
+def test_tokens_that_look_at_the_same_words_are_alike():
+    q, k = qk(keys=7)
+    tokens = jnp.array([[3, 30], [0, 47]], jnp.int32)
+    away = weights(q, k)
+    away = np.moveaxis(away - away.mean(axis=2, keepdims=True), 1, 2).reshape(2, 48, -1)
+    away /= np.linalg.norm(away, axis=-1, keepdims=True)
+    expected = np.stack([away[b, tokens[b]] @ away[b].T for b in range(2)])
+    got = saliency.text_similarity(q, k, tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(got)[0, 0, 3], 1.0, rtol=1e-5)
+
+
+def test_shared_attention_is_the_mean_of_both_directions():
+    q, k = qk()
+    tokens = jnp.array([[5, 20, 40], [0, 17, 47]], jnp.int32)
+    got = saliency.shared_attention(q, k, tokens)
+    for b, numbers in enumerate(np.asarray(tokens)):
+        given = weights(q[b : b + 1], k[b : b + 1]).mean(axis=1)[0, numbers]
+        returned = weights(q[b : b + 1], k[b : b + 1, numbers]).mean(axis=1)[0]
+        np.testing.assert_allclose(got[b], (given * 48 + returned.T * 3) / 2, rtol=1e-4)
+
+
 def test_tokens_that_look_at_their_word_are_distinct():
     q, k = qk(batch=1, tokens=40, heads=1, keys=4)
     q = 0.1 * q.at[0, 11].set(100 * k[0, 2])
@@ -52,6 +74,8 @@ def test_equal_tokens_are_equally_salient():
     np.testing.assert_allclose(saliency.attention_received(q, same), 1.0, rtol=1e-5)
     alike = jnp.broadcast_to(q[:, :1], q.shape)
     assert np.isfinite(saliency.distinct_attention(alike, k)).all()
+    tokens = jnp.zeros((2, 1), jnp.int32)
+    assert np.isfinite(saliency.text_similarity(alike, k, tokens)).all()
 
 
 def test_most_salient_are_the_largest_in_order():

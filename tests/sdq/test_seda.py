@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,62 +7,67 @@ import pytest
 
 from sdq import dequantize, fake_quantize, packing, quantize, seda, sqnr_db
 from sdq.formatbook import SDQ32, coarse_shape_errors
-from tests.sdq.test_saliency import qk, weights
 
 GRID = (3, 4, 4)
-EVERYWHERE = (3, 4, 4)
+CANDIDATES = jnp.array([(5, 20, 40, 41), (0, 17, 47, 9)], jnp.int32)
 
 
-def make_groups(window=EVERYWHERE, least=1.0, anchors=((5, 20, 40), (0, 17, 47))):
-    q, k = qk()
-    anchors = jnp.array(anchors, jnp.int32)
-    return q, k, anchors, seda.groups(q, k, anchors, grid=GRID, window=window, least=least)
+@pytest.fixture
+def alike(rng):
+    """Of four candidates with all 48 tokens, candidates among each other symmetric."""
+    vectors = rng.randn(2, 48, 3)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    chosen = np.take_along_axis(vectors, np.asarray(CANDIDATES)[..., None], axis=1)
+    return jnp.asarray(np.einsum("bnd,bsd->bns", chosen, vectors), jnp.float32)
 
 
-def shared_attention(q, k, anchors):
-    """float64 `[B, n, S]` from the words of the docstring."""
-    given = weights(q, k).mean(axis=1)
-    out = []
-    for b, numbers in enumerate(np.asarray(anchors)):
-        returned = weights(q[b : b + 1], k[b : b + 1, numbers]).mean(axis=1)[0]
-        out.append((given[b, numbers] * 48 + returned.T * len(numbers)) / 2)
-    return np.stack(out)
-
-
-def test_groups_take_the_anchor_with_most_shared_attention():
-    q, k, anchors, group = make_groups()
-    shared = shared_attention(q, k, anchors)
-    expected = np.where(shared.max(axis=1) > 1, shared.argmax(axis=1), 3)
+def test_candidates_that_would_join_an_earlier_one_are_no_anchors(alike):
+    group = np.asarray(seda.groups(alike, CANDIDATES, anchors=3, grid=GRID, least=0.3))
     for b in range(2):
-        expected[b, anchors[b]] = np.arange(3)
-    np.testing.assert_array_equal(group, expected)
-    assert 3 in np.asarray(group)  # someone stays alone
-    assert len(np.unique(group)) == 4
+        anchors = []
+        for number, token in enumerate(np.asarray(CANDIDATES[b])):
+            if len(anchors) < 3 and all(alike[b, other, token] <= 0.3 for other in anchors):
+                anchors.append(number)
+        rows = np.array(alike[b])[anchors]
+        for row, number in enumerate(anchors):
+            rows[row, CANDIDATES[b, number]] = np.inf
+        expected = np.where(rows.max(axis=0) > 0.3, rows.argmax(axis=0), 3)
+        np.testing.assert_array_equal(group[b], expected)
+    assert 3 in group  # someone stays alone
+    assert len(np.unique(group)) > 2
 
 
-def test_no_token_beyond_the_window_joins():
-    *_, anchors, group = make_groups(window=(0, 1, 4), least=0.0)
+def test_no_token_beyond_the_window_joins(alike):
+    window = (0, 1, 4)
+    group = seda.groups(alike, CANDIDATES, anchors=4, grid=GRID, window=window, least=-2.0)
     place = np.stack(np.unravel_index(np.arange(48), GRID), axis=-1)
-    joined = np.asarray(group)
     for b in range(2):
-        distance = np.abs(place[:, None] - place[np.asarray(anchors[b])][None])
-        near = (distance <= (0, 1, 4)).all(axis=-1)
-        for token in range(48):
-            assert (joined[b, token] == 3) == (not near[token].any())
-            assert joined[b, token] == 3 or near[token, joined[b, token]]
+        members = {g: np.flatnonzero(np.asarray(group[b]) == g) for g in range(4)}
+        for g, tokens in members.items():
+            anchor = next(
+                (
+                    t
+                    for t in np.asarray(CANDIDATES[b])
+                    if t in tokens and (np.abs(place[tokens] - place[t]) <= window).all()
+                ),
+                None,
+            )
+            assert len(tokens) == 0 or anchor is not None, (b, g)
 
 
-def test_with_an_endless_threshold_anchors_are_alone_in_their_groups():
-    *_, anchors, group = make_groups(least=1e9)
-    assert (np.asarray(group) != 3).sum() == 6
+def test_with_an_endless_threshold_anchors_are_alone_in_their_groups(alike):
+    group = np.asarray(seda.groups(alike, CANDIDATES, anchors=4, grid=GRID, least=1e9))
+    assert (group != 4).sum() == 8
     for b in range(2):
-        np.testing.assert_array_equal(np.asarray(group)[b, anchors[b]], np.arange(3))
+        np.testing.assert_array_equal(group[b, CANDIDATES[b]], np.arange(4))
 
 
-def test_grid_must_hold_the_tokens():
-    q, k = qk()
-    with pytest.raises(ValueError, match="grid"):
-        seda.groups(q, k, jnp.zeros((2, 1), jnp.int32), grid=(1, 4, 4), window=EVERYWHERE)
+@pytest.mark.parametrize(
+    "options, words", [({"grid": (1, 4, 4)}, "grid"), ({"anchors": 5}, "anchors: expected in")]
+)
+def test_impossible_groups_are_refused(alike, options, words):
+    with pytest.raises(ValueError, match=words):
+        seda.groups(alike, CANDIDATES, **({"anchors": 2, "grid": GRID, "least": 0.0} | options))
 
 
 @pytest.fixture
@@ -74,12 +81,9 @@ def tokens():
     return x, jnp.broadcast_to(jnp.arange(60) % 4, (2, 60)).astype(jnp.int32)
 
 
-def numpy_sub_formatbooks(x, group, count, members):
+def numpy_sub_formatbooks(x, group, count, members, by_block):
     """Slow, one group, top and block at a time."""
-    import itertools
-
     table = coarse_shape_errors(SDQ32)
-    result = np.full((len(x), count + 1, 8), 15, np.uint8)
     q = quantize(jnp.asarray(x), "sdq32:16", select="two_stage")
     below, _ = (np.asarray(part) for part in packing.unpack_metadata(q.scales))
     step = 2.0 ** (np.asarray(q.outer, np.float64) - below)
@@ -87,34 +91,38 @@ def numpy_sub_formatbooks(x, group, count, members):
     u = blocks / step[..., None]
     tops = np.clip(np.rint(u.max(axis=-1)), 8, 15).astype(int) - 8
     bins = np.clip(np.rint(u * 4 - 0.5), 0, 63).astype(int)
-    for b in range(len(x)):
-        for g in range(count):
-            mine = np.asarray(group[b]) == g
-            for top in range(8):
-                sums = []
-                for chosen in itertools.combinations(range(4), members):
-                    errors = table[top][bins[b, mine][tops[b, mine] == top]].sum(axis=-2)
-                    sums.append(errors[:, list(chosen)].min(axis=-1).sum())
-                best = list(itertools.combinations(range(4), members))[int(np.argmin(sums))]
-                result[b, g, top] = sum(1 << shape for shape in best)
+    parts = [[n] for n in range(u.shape[2])] if by_block else [range(u.shape[2])]
+    choices = list(itertools.combinations(range(4), members))
+    result = np.full((len(x), count + 1, len(parts), 8), 15, np.uint8)
+    for b, g, (n, part), top in itertools.product(
+        range(len(x)), range(count), enumerate(parts), range(8)
+    ):
+        mine = np.asarray(group[b]) == g
+        its_bins, its_tops = bins[b, mine][:, part], tops[b, mine][:, part]
+        errors = table[top][its_bins[its_tops == top]].sum(axis=-2)
+        sums = [errors[:, list(chosen)].min(axis=-1).sum() for chosen in choices]
+        result[b, g, n, top] = sum(1 << shape for shape in choices[int(np.argmin(sums))])
     return result
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_a_group_allows_the_members_with_the_least_summed_errors(tokens, members):
+@pytest.mark.parametrize("members, by_block", [(1, False), (2, False), (1, True)])
+def test_a_group_allows_the_members_with_the_least_summed_errors(tokens, members, by_block):
     x, group = tokens
-    got = seda.sub_formatbooks(x, group, "sdq32:16", count=3, members=members)
-    np.testing.assert_array_equal(got, numpy_sub_formatbooks(x, group, 3, members))
+    options = {"count": 3, "members": members, "by_block": by_block}
+    got = seda.sub_formatbooks(x, group, "sdq32:16", **options)
+    np.testing.assert_array_equal(got, numpy_sub_formatbooks(x, group, **options))
 
 
-def test_tokens_of_a_group_use_its_shapes_and_the_others_choose_freely(tokens):
+@pytest.mark.parametrize("by_block", [False, True])
+def test_tokens_of_a_group_use_its_shapes_and_the_others_choose_freely(tokens, by_block):
     x, group = tokens
-    books = seda.sub_formatbooks(x, group, "sdq32:16", count=3)
+    books = seda.sub_formatbooks(x, group, "sdq32:16", count=3, by_block=by_block)
     mask = seda.allowed(books, group)
     q = quantize(x, "sdq32:16", select="two_stage", allowed=mask)
     _, ids = packing.unpack_metadata(q.scales)
     shape, top = np.asarray(ids) % 4, np.asarray(ids) // 4
-    used = np.take_along_axis(np.asarray(mask), top, axis=-1)
+    masks = np.broadcast_to(mask, (*top.shape, 8))
+    used = np.take_along_axis(masks, top[..., None], axis=-1)[..., 0]
     assert ((used >> shape) & 1).all()
     free = quantize(x, "sdq32:16", select="two_stage")
     alone = np.asarray(group) == 3
@@ -137,16 +145,18 @@ def test_one_shape_a_top_leaves_only_the_maximum_to_look_at(tokens):
     np.testing.assert_array_equal(*scales)
 
 
-def test_sharing_costs_little_and_two_members_cost_less(tokens):
+def test_sharing_costs_little_and_more_members_or_books_cost_less(tokens):
     x, group = tokens
     free = float(sqnr_db(x, fake_quantize(x, "sdq32:16", select="two_stage")))
-    cost = []
-    for members in (1, 2, 4):
-        books = seda.sub_formatbooks(x, group, "sdq32:16", count=3, members=members)
+
+    def cost(**options):
+        books = seda.sub_formatbooks(x, group, "sdq32:16", count=3, **options)
         mask = seda.allowed(books, group)
         shared = dequantize(quantize(x, "sdq32:16", select="two_stage", allowed=mask))
-        cost.append(free - float(sqnr_db(x, shared)))
-    assert 1.5 > cost[0] > cost[1] > cost[2] == 0
+        return free - float(sqnr_db(x, shared))
+
+    assert 1.5 > cost() > cost(members=2) > cost(members=4) == 0
+    assert cost() > cost(by_block=True) > 0
 
 
 def test_sums_do_not_overflow():
@@ -167,6 +177,6 @@ def test_impossible_members_are_refused(tokens, members):
 def test_allowed_is_checked():
     x = jnp.ones((4, 32))
     with pytest.raises(ValueError, match="two_stage"):
-        quantize(x, "sdq32:16", allowed=jnp.full((4, 8), 15, jnp.uint8))
-    with pytest.raises(ValueError, match=r"allowed: expected uint8\[4, 8\]"):
-        quantize(x, "sdq32:16", select="two_stage", allowed=jnp.ones((4, 7), jnp.uint8))
+        quantize(x, "sdq32:16", allowed=jnp.full((4, 1, 8), 15, jnp.uint8))
+    with pytest.raises(ValueError, match=r"allowed: expected uint8\[4, 1 or 2, 8\]"):
+        quantize(x, "sdq32:16", select="two_stage", allowed=jnp.ones((4, 3, 8), jnp.uint8))

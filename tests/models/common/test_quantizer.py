@@ -5,7 +5,8 @@ import pytest
 
 import sdq
 from models.common.layers import Linear, Ops
-from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.quantizer import InputQuantizer, SiteRule, misfits
+from sdq.rotate import hadamard
 
 
 @pytest.fixture
@@ -58,3 +59,18 @@ def test_a_wrong_rule_is_refused_when_it_is_made():
         SiteRule(".*", "sdq33:16")
     with pytest.raises(ValueError, match="no regular expression"):
         SiteRule("(", "int8")
+
+
+def test_a_rotating_rule_rounds_the_rotated_input(x):
+    quantizer = InputQuantizer((SiteRule(".*", "int4:32", rotate=True),))
+    expected = sdq.fake_quantize(hadamard(x, 64), "int4:32")
+    np.testing.assert_array_equal(quantizer.quantize(x, "anywhere", None), expected)
+
+
+def test_rules_that_decide_nothing_are_named():
+    sites = ["blocks/ffn/up", "blocks/ffn/down"]
+    rules = SiteRule("blocks/.*", "int8"), SiteRule("blocks/ffn/up", None), SiteRule("head", "int8")
+    first, second = misfits(rules, sites)
+    assert "input rule 1 'blocks/ffn/up' decides about none of blocks/ffn/up" in first
+    assert "input rule 2 'head'" in second
+    assert misfits(rules[:1], sites) == []

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sdq
 from models.common.layers import Ops
 from models.common.quantizer import SiteRule
 from models.common.scan import (
     SHARES,
     Probe,
+    input_statistics,
     linear_work,
     noise_power,
     propose,
-    second_moments,
     token_count,
 )
 from models.wan.modeling import Wan
@@ -37,10 +38,25 @@ def ranked():
     return jax.jit(lambda state: run(ranking, state)[1])(PROBE.initial_state(TINY.layers, 2))
 
 
-def test_moments_are_means_over_all_tokens(rng):
-    x = rng.randn(2, 3, 4, 5).astype(np.float32)
+def test_statistics_are_over_all_tokens(rng):
+    x, y = rng.randn(2, 2, 3, 4, 5).astype(np.float32)
     expected = np.einsum("lbsi,lbsj->lij", x, x) / 12
-    np.testing.assert_allclose(second_moments({"a": x})["a"], expected, rtol=1e-5, atol=1e-6)
+    found = input_statistics({"a": x})["a"]
+    np.testing.assert_allclose(found.second_moment, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.largest, np.abs(x).max(axis=(1, 2)))
+    both = found.plus(input_statistics({"a": y})["a"])
+    np.testing.assert_array_equal(both.largest, np.abs([x, y]).max(axis=(0, 2, 3)))
+
+
+def test_a_rotated_input_has_the_error_of_its_rotation(rng):
+    """What the probe lets in is what the model would get from rotating, rounding, rotating back."""
+    rule = SiteRule("down", "int4:32", rotate=True)
+    probe = Probe(rules=(rule,), sites=("down",), tokens=3)
+    x = jnp.asarray(rng.randn(2, 3, 64), jnp.float32)
+    state = jax.tree.map(lambda leaf: leaf[0], probe.initial_state(1, 2))
+    state = dataclasses.replace(state, share={"down": jnp.ones_like(state.share["down"])})
+    expected = rule.turned(sdq.fake_quantize(rule.turned(x), "int4:32"))
+    np.testing.assert_allclose(probe.quantize(x, "down", state), expected, atol=1e-5)
 
 
 def test_every_token_has_a_bin_of_the_planned_size(ranked):

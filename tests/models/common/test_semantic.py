@@ -9,7 +9,7 @@ from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import Decomposition, SemanticDialect, Sharing, extra_work
 from models.wan.modeling import Wan
-from models.wan.sites import SITES, VIDEO_SITES
+from models.wan.sites import SITES, VIDEO_SITES, video_inputs
 from sdq import saliency, sqnr_db
 from tests.models.wan.test_modeling import TINY, inputs, random_params
 
@@ -19,7 +19,7 @@ DOWN = "blocks/ffn/down"
 
 
 def quantizer(**options):
-    return SemanticDialect(rules=RULES, grid=GRID, sites=tuple(VIDEO_SITES), **options)
+    return SemanticDialect(rules=RULES, grid=GRID, sites=video_inputs(TINY), **options)
 
 
 def run(quantizer, steps=1, layers=TINY.layers):
@@ -69,22 +69,31 @@ def test_only_the_planned_blocks_decompose():
     assert not np.allclose(run(quantizer(decomposition=first))[0][0], plain, atol=1e-4)
 
 
-def test_sharing_looks_on_refresh_steps_and_acts_on_the_others():
-    shared = quantizer(sharing=Sharing(anchors=2, window=(2, 2, 3), least=0.0), refresh_every=3)
-    outs, states = run(shared, steps=5)
+def shares(anchors=2, **options):
+    """Everybody belongs to somebody."""
+    return Sharing(anchors=anchors, candidates=6, least=-2.0, **options)
+
+
+@pytest.mark.parametrize(
+    "sharing", [shares(), shares(by_block=False), shares(alike="attention", window=(2, 2, 3))]
+)
+def test_sharing_looks_then_learns_then_acts(sharing):
+    outs, states = run(quantizer(sharing=sharing, refresh_every=3), steps=6)
     plain = run(quantizer())[0][0]
-    for step in range(5):
+    learns = [1, 3]  # and looks before
+    for step in range(6):
+        assert bool(states[step].look.all()) == (step in (0, 2, 5))
+        assert bool(states[step].learn.all()) == (step in learns)
         close = np.allclose(outs[step], plain, rtol=1e-5, atol=1e-5)
-        assert close == (step % 3 == 0)
-        # Nothing is learned between refreshes.
-        for site, book in states[step].books.items():
-            np.testing.assert_array_equal(book, states[step - step % 3].books[site])
-    books = states[0].books
-    assert set(books) == set(VIDEO_SITES)
-    for book in books.values():
-        assert book.shape == (TINY.layers, 2, 3, 8)
+        assert close == (step < 2 or step in learns), step
+    assert (np.asarray(states[0].group) == 2).all() and (np.asarray(states[1].group) < 2).all()
+    for site, width in video_inputs(TINY):
+        book = states[5].books[site]
+        np.testing.assert_array_equal(book, states[3].books[site])
+        blocks = width // 16 if sharing.by_block else 1
+        assert book.shape == (TINY.layers, 2, 3, blocks, 8)
         ones = np.vectorize(lambda mask: mask.bit_count())(np.asarray(book, int))
-        assert (ones[..., :2, :] == 1).all() and (ones[..., 2, :] == 4).all()
+        assert (ones[:, :, :2] == 1).all() and (ones[:, :, 2] == 4).all()
 
 
 @pytest.mark.parametrize("fmt", [None, "mxfp4"])
@@ -92,8 +101,8 @@ def test_a_site_without_a_choice_has_nothing_to_share(fmt):
     mixed = SemanticDialect(
         rules=(SiteRule(DOWN, fmt), *RULES),
         grid=GRID,
-        sites=tuple(VIDEO_SITES),
-        sharing=Sharing(anchors=2, least=0.0),
+        sites=video_inputs(TINY),
+        sharing=shares(),
         decomposition=Decomposition(tokens=2, layers=((DOWN, (0,)),)),
     )
     outs, states = run(mixed, steps=2)
@@ -102,9 +111,10 @@ def test_a_site_without_a_choice_has_nothing_to_share(fmt):
 
 
 def test_refreshing_never_means_once():
-    once = quantizer(sharing=Sharing(anchors=2, least=0.0), refresh_every=0)
-    _, states = run(once, steps=3)
-    assert [bool(state.refresh.all()) for state in states] == [True, False, False]
+    once = quantizer(sharing=shares(), refresh_every=0)
+    _, states = run(once, steps=4)
+    assert [bool(state.look.all()) for state in states] == [True, False, False, False]
+    assert [bool(state.learn.all()) for state in states] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
@@ -121,7 +131,7 @@ def test_salient_tokens_come_from_the_attention_of_their_block(kind):
     options = {
         "rules": RULES,
         "grid": GRID,
-        "sites": tuple(VIDEO_SITES),
+        "sites": video_inputs(TINY),
         "decomposition": Decomposition(tokens=4, layers=((DOWN, (0,)),)),
         "saliency": kind,
         "stride": 2,
@@ -138,7 +148,7 @@ def test_salient_tokens_come_from_the_attention_of_their_block(kind):
 def test_the_state_keeps_its_structure():
     """So that the sampler can scan over it."""
     full = quantizer(
-        sharing=Sharing(anchors=3), decomposition=Decomposition(tokens=5, layers=((DOWN, (1,)),))
+        sharing=shares(3), decomposition=Decomposition(tokens=5, layers=((DOWN, (1,)),))
     )
     start = full.initial_state(TINY.layers, 2)
     _, (after,) = run(full)
@@ -148,7 +158,7 @@ def test_the_state_keeps_its_structure():
 
 
 def test_a_step_compiles_once_for_all_steps():
-    full = quantizer(sharing=Sharing(anchors=3), refresh_every=2)
+    full = quantizer(sharing=shares(3), refresh_every=2)
     params, (x, t, text, _) = random_params(), inputs()
     model = Wan(TINY, Ops(quantizer=full), jnp.float32)
     traces = []
@@ -168,7 +178,8 @@ def test_a_step_compiles_once_for_all_steps():
     ("options", "words"),
     [
         ({"saliency": "text"}, "saliency"),
-        ({"sharing": Sharing(anchors=13)}, "anchors: expected in"),
+        ({"sharing": Sharing(candidates=13)}, "candidates: expected in"),
+        ({"sharing": shares(), "refresh_every": 1}, "refresh_every"),
         ({"decomposition": Decomposition(tokens=0, layers=())}, "tokens: expected in"),
         ({"decomposition": Decomposition(tokens=1, layers=(("ffn", (0,)),))}, "no such site: ffn"),
     ],
@@ -176,6 +187,12 @@ def test_a_step_compiles_once_for_all_steps():
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         quantizer(**options)
+
+
+@pytest.mark.parametrize("options", [{"anchors": 0}, {"anchors": 65}, {"alike": "colour"}])
+def test_impossible_sharing_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sharing(**options)
 
 
 def test_extra_work_is_the_share_of_products():
@@ -186,6 +203,6 @@ def test_extra_work_is_the_share_of_products():
 
 
 def test_equal_quantizers_are_equal_and_hashable():
-    a, b = (quantizer(sharing=Sharing(anchors=2)) for _ in range(2))
+    a, b = (quantizer(sharing=shares()) for _ in range(2))
     assert a == b and hash(a) == hash(b)
     assert a != dataclasses.replace(a, refresh_every=9)

@@ -22,6 +22,7 @@ def made(right, **changes):
         "step_sqnr_db": np.array([[10.0] * 4, [20.0] * 4], np.float32),
     }
     one_thing = np.array([True, True, False, False])
+    values["speed"] = np.array([0.0, 2.0, 0.5, 2.0])
     return Scores(right=right, one_thing=one_thing, **(values | changes))
 
 
@@ -36,7 +37,23 @@ def test_means_and_errors():
     assert found["change"]["one_thing"]["mean"] == -0.5
     assert found["psnr_db"]["mean"] == 23
     assert found["psnr_db"]["error"] == pytest.approx(np.std([20, 22, 24, 26], ddof=1) / 2)
-    assert found["step_sqnr_db"] == [10, 20]
+    assert found["step_sqnr_db"] == [10, 20] and found["sqnr_db"]["mean"] == 15
+
+
+def test_low_and_high_motion_are_told_apart():
+    found = summary(made([1, 0, 1, 0]), REFERENCE)
+    assert found["low_motion"]["prompts"] == found["high_motion"]["prompts"] == 2
+    assert found["low_motion"]["psnr_db"]["mean"] == 22
+    assert found["high_motion"]["accuracy"]["all"]["mean"] == 0
+    assert found["high_motion"]["accuracy"]["one_thing"] == {"mean": 0, "error": None}
+
+
+def test_inconsistency_is_a_share_by_distance():
+    sums = np.array([[[4.0, 100.0], [0.0, 0.0]]] * 3 + [[[0.0, 0.0], [9.0, 100.0]]])
+    found = summary(made([1] * 4, differences=sums), REFERENCE)
+    assert found["inconsistency"]["mean"] == pytest.approx((3 * 0.2 + 0.3) / 4)
+    assert [one["mean"] for one in found["by_distance"]] == pytest.approx([0.2, 0.3])
+    assert "inconsistency" not in summary(made([1] * 4), REFERENCE)
 
 
 def test_a_clip_that_cannot_be_judged_in_the_reference_is_left_out_but_no_other():
@@ -61,7 +78,10 @@ def test_one_prompt_has_no_error():
     one = Scores(
         right={name: np.array([True]) for name in ATTRIBUTES},
         one_thing=np.array([False]),
-        **{name: np.array([1.0]) for name in ("psnr_db", "ssim", "flicker", "warping_error")},
+        **{
+            name: np.array([1.0])
+            for name in ("psnr_db", "ssim", "flicker", "warping_error", "speed")
+        },
         step_sqnr_db=np.array([[3.0]]),
     )
     found = summary(one, one)
@@ -76,6 +96,8 @@ def test_one_prompt_has_no_error():
         (["--prompts", "0"], "prompts: expected a number from 1 up, got 0"),
         (["--model", "wan"], "unknown model 'wan'; there is shapes"),
         (["--weights", "fp3"], "unknown format"),
+        (["--recipe", "semantic"], "unknown recipe 'semantic'; there is plain"),
+        (["--recipe", "plain", "--acts", "int8"], "not both"),
         (["--checkpoint", __file__], "damaged or no safetensors file"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--steps", "0"], "steps: expected a whole number from 1 up, got 0"),

@@ -34,17 +34,26 @@ def test_it_watches_every_step_of_the_model_s_own_samples(params, seen):
 
 
 def test_moments_of_every_site_are_symmetric_and_positive(params, seen):
-    moments = scan.moments(params, seen, jnp.float32)
-    assert moments["blocks/ffn/down"].shape == (CONFIG.dit.layers, 1024, 1024)
-    for moment in moments.values():
+    found = scan.statistics(params, seen, jnp.float32)
+    assert found["blocks/ffn/down"].second_moment.shape == (CONFIG.dit.layers, 1024, 1024)
+    for moment, largest in found.values():
+        squares = jnp.diagonal(moment, axis1=1, axis2=2)
+        assert (squares <= largest**2 * 1.001).all()
         np.testing.assert_allclose(moment, np.swapaxes(moment, 1, 2), rtol=1e-3, atol=1e-4)
         assert (np.linalg.eigvalsh(np.asarray(moment, np.float64)) > -1e-3 * moment.max()).all()
+
+
+def test_thinned_keeps_first_and_last(seen):
+    thin = seen.thinned(2)
+    np.testing.assert_array_equal(thin.levels, seen.levels[jnp.array([0, 2])])
+    assert len(seen.thinned(9).x) == 3
 
 
 @pytest.mark.slow
 def test_noise_adds_up_to_what_quantising_everything_does(params, seen):
     """To first order, and within the scatter of a few probes."""
-    noise = scan.noise(params, seen, "sdq32:16", probes=8, dtype=jnp.float32)
+    rules = (SiteRule("blocks/.*", "sdq32:16"),)
+    noise = scan.noise(params, seen, rules, probes=8, dtype=jnp.float32)
     assert {power.shape for power in noise.values()} == {(3, CONFIG.dit.layers, 5)}
     predicted = -10 * np.log10(sum(power.sum(axis=(1, 2)) for power in noise.values()))
     video_sites = tuple(SiteRule(site, "sdq32:16") for site in VIDEO_SITES)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.recipes import named, rounding
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model
 from models.shapes.config import CONFIG
 from models.shapes.generate import SAMPLER, Settings, start
 from models.shapes.modeling import Shapes
 from models.shapes.params import load
-from models.shapes.recipe import Recipe
 from models.shapes.scores import Task, _batches, reordered, score
 from models.shapes.vocabulary import EXAMPLE, tokenize
 from models.shapes.world import is_held_out
@@ -37,19 +37,25 @@ def test_reordering_changes_no_function(params):
 
 def test_captions_are_a_prompt_s_own_whatever_the_batch():
     def prompts(batch):
-        parts = list(_batches(Task(prompts=5, seed=3, batch=batch)))
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:5], *parts)
+        parts = [
+            one.wanted((one.numbers, one.scenes))
+            for one in _batches(Task(prompts=5, seed=3, batch=batch, seeds=2))
+        ]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     jax.tree.map(np.testing.assert_array_equal, prompts(2), prompts(5))
     numbers, scenes = prompts(5)
-    assert jax.vmap(is_held_out)(scenes).all() and list(numbers) == list(range(5))
+    assert jax.vmap(is_held_out)(scenes).all() and list(numbers) == 2 * list(range(5))
+    assert (scenes.place[:5] != scenes.place[5:]).any()  # another seed, other scenes
 
 
 def test_scores_rank_models_by_their_error(params, capfd):
     models = {"floor": Model(reordered(params), QUICK)}
-    models["int4"] = Model(*recipes.apply(params, Recipe(weights="int4", acts="int4"), QUICK))
-    scores = score(Model(params, QUICK), models, Task(prompts=3, batch=2))
-    assert list(scores) == ["reference", "floor", "int4"]
+    models["int4"] = Model(*recipes.apply(params, rounding("int4", "int4"), QUICK))
+    models["plain"] = Model(*recipes.apply(params, named("plain"), QUICK))
+    task = Task(prompts=3, batch=2, consistency=True)
+    scores = score(Model(params, QUICK), models, task)
+    assert list(scores) == ["reference", "floor", "int4", "plain"]
     for one in scores.values():
         assert one.one_thing.shape == one.psnr_db.shape == (3,)
         assert all(right.shape == (3,) for right in one.right.values())
@@ -58,6 +64,10 @@ def test_scores_rank_models_by_their_error(params, capfd):
         floor, int4 = (getattr(scores[name], metric).mean(axis=-1) for name in ("floor", "int4"))
         assert np.all(floor > int4), metric
     assert scores["int4"].step_sqnr_db.shape == (2, 3)
+    assert scores["int4"].differences is None
+    assert scores["plain"].differences.shape == (3, 8, 2)
+    different, numbers = scores["plain"].differences.sum(axis=(0, 1))
+    assert 0.03**2 < different / numbers < 0.3**2
     assert "evaluate" in capfd.readouterr().err
 
 
@@ -67,7 +77,7 @@ def test_another_sampler_is_refused(params):
         score(Model(params, QUICK), {"other": Model(params, other)}, Task(prompts=1))
 
 
-@pytest.mark.parametrize("name", ["prompts", "batch"])
+@pytest.mark.parametrize("name", ["prompts", "batch", "seeds"])
 def test_nothing_to_do_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected a number from 1 up, got 0"):
         Task(**{"prompts": 4, name: 0})

@@ -1,0 +1,90 @@
+"""Pictures beside the tables of `make_shapes_table`."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from models.common.recipes import KEEP
+from scripts._shapes_tables import Table
+
+AGAINST = "nvfp4"  # the row that others are compared with, where there is one
+
+
+def sqnr_db(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Mean over the steps; older results know no error."""
+    steps = [float(step) for step in summary["step_sqnr_db"]]
+    return summary.get("sqnr_db", {"mean": sum(steps) / max(1, len(steps)), "error": 0.0})
+
+
+def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathlib.Path:
+    """PSNR, SQNR and accuracy of every row with error bars, group by group.
+
+    Where inconsistency was measured, also how it depends on the frames between two tokens.
+    """
+    import matplotlib.figure
+
+    groups = {
+        heading: [recipe.name for recipe in recipes if recipe.name in measured]
+        for heading, recipes in table.groups.items()
+    }
+    groups = {heading: names for heading, names in groups.items() if names}
+    rows = sum(map(len, groups.values())) + len(groups)
+    shared = [name for name in table.recipes if "by_distance" in measured.get(name, {})]
+    extra = 3.2 if shared else 0.0
+    figure = matplotlib.figure.Figure(figsize=(11, 1.2 + 0.26 * rows + extra), layout="constrained")
+    above, below = figure, None
+    if shared:
+        heights = [0.26 * rows + 1.2, extra]
+        above, below = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]
+    panels = above.subplots(1, 3, sharey=True)
+    labels, places = [], []
+    place = 0
+    for heading, names in groups.items():
+        if heading:
+            labels.append(heading.upper())
+            places.append(place)
+            place += 1
+        for name in names:
+            labels.append(name)
+            places.append(place)
+            for axes, number, scale in zip(
+                panels,
+                (
+                    sqnr_db(measured[name]),
+                    measured[name]["psnr_db"],
+                    measured[name]["accuracy"]["all"],
+                ),
+                (1, 1, 100),
+                strict=True,
+            ):
+                mean, error = scale * number["mean"], scale * number["error"]
+                axes.errorbar(mean, place, xerr=error, fmt="o", color="C0", markersize=4)
+            place += 1
+    for axes, title in zip(
+        panels, ("SQNR of the velocity, dB", "PSNR to bf16, dB", "right, %"), strict=True
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    panels[2].axvline(100 * measured[KEEP]["accuracy"]["all"]["mean"], color="C2", linestyle=":")
+    panels[2].text(
+        100 * measured[KEEP]["accuracy"]["all"]["mean"], -0.8, KEEP, color="C2", ha="right"
+    )
+    if AGAINST in measured:
+        for axes, number in zip(
+            panels, (sqnr_db(measured[AGAINST]), measured[AGAINST]["psnr_db"]), strict=False
+        ):
+            axes.axvline(number["mean"], color="C3", linestyle=":")
+    panels[0].set_yticks(places, labels, fontsize=8)
+    panels[0].set_ylim(place - 0.5, -1.2)
+    if below is not None:
+        axes = below.subplots()
+        for name in shared:
+            means = [number["mean"] for number in measured[name]["by_distance"]]
+            style = {"color": "black", "linewidth": 2} if name == shared[0] else {"linewidth": 0.8}
+            axes.plot([100 * m if m is not None else None for m in means], label=name, **style)
+        axes.set_xlabel("frames of tokens between the two")
+        axes.set_ylabel("inconsistency, %")
+        axes.legend(fontsize=6, ncols=3)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path

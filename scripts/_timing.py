@@ -1,0 +1,25 @@
+"""How long a call takes, and how much memory a compiled program asks for."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def median_seconds(function: Callable, runs: int) -> float:
+    """Median wall time of a call, after one call to warm up."""
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_bytes(compiled: Any) -> int:
+    """XLA's own account of a compiled program: arguments, outputs and temporaries."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
