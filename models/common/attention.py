@@ -90,10 +90,12 @@ def _chunked(
 
 def _direct(q: jax.Array, k: jax.Array, v: jax.Array, rounded: Rounding | None = None) -> jax.Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     if rounded is None:
-        return _weighted(jax.nn.softmax(scores, axis=-1), v).astype(q.dtype)
-    weights = rounded(jnp.exp(scores - scores.max(axis=-1, keepdims=True)))
+        return _weighted(jax.nn.softmax(scores * scale, axis=-1), v).astype(q.dtype)
+    # Scaled last: the largest weight is 1 exactly, whatever the compiler fuses, and not just below,
+    # which would be another exponent for the whole row.
+    weights = rounded(jnp.exp((scores - scores.max(axis=-1, keepdims=True)) * scale))
     total = jnp.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]
     return (_weighted(weights, v) / total).astype(q.dtype)
 

@@ -15,6 +15,7 @@ from models.common.scan import (
     linear_work,
     noise_power,
     propose,
+    quiet_layers,
     token_count,
 )
 from models.wan.modeling import Wan
@@ -138,3 +139,21 @@ def test_work_is_counted_from_the_kernels():
     assert work["blocks/self_attn/qkv"] == 3 * 48 * 48
     assert work["blocks/ffn/down"] == 64 * 48
     assert work.keys() == SITES.keys()
+
+
+def test_quiet_layers_make_at_most_their_part_of_the_noise():
+    noise = {"up": np.array([[1.0, 1.0], [6.0, 6.0]]), "down": np.array([[3.0, 0.0], [80.0, 2.0]])}
+    # Sums: up 2 and 12, down 3 and 82; all of it 99.
+    assert quiet_layers(noise, (), 0, 0.06) == (("up", (0,)), ("down", (0,)))
+    assert quiet_layers(noise, (), 0, 0.02) == ()
+    assert quiet_layers(noise, (), 0, 1.0) == (("up", (0, 1)), ("down", (0, 1)))
+    # With the most salient bin of down 1 exact: up 2 and 12, down 3 and 2; all of it 19.
+    decomposed = (("down", (1,)),)
+    assert quiet_layers(noise, decomposed, 1, 0.25) == (("up", (0,)), ("down", (1,)))
+
+
+def test_one_share_of_the_tokens_on_request():
+    noise = {"up": np.ones((2, len(SHARES)))}
+    found = propose(noise, {"up": 1}, 100, budget=1.0, shares=(0.2,))
+    assert found.decomposition.tokens == 20
+    assert found.noise_after == pytest.approx(2 * (len(SHARES) - 3))
