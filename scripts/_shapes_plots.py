@@ -37,32 +37,21 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
         heights = [0.26 * rows + 1.2, extra]
         above, below = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]
     panels = above.subplots(1, 3, sharey=True)
-    labels, places = [], []
-    place = 0
+    labels: list[str] = []
+    drawn: list[str] = []
+    places: list[int] = []
     for heading, names in groups.items():
-        if heading:
-            labels.append(heading.upper())
-            places.append(place)
-            place += 1
-        for name in names:
-            labels.append(name)
-            places.append(place)
-            for axes, number, scale in zip(
-                panels,
-                (
-                    sqnr_db(measured[name]),
-                    measured[name]["psnr_db"],
-                    measured[name]["accuracy"]["all"],
-                ),
-                (1, 1, 100),
-                strict=True,
-            ):
-                mean, error = scale * number["mean"], scale * number["error"]
-                axes.errorbar(mean, place, xerr=error, fmt="o", color="C0", markersize=4)
-            place += 1
-    for axes, title in zip(
-        panels, ("SQNR of the velocity, dB", "PSNR to bf16, dB", "right, %"), strict=True
+        labels += [heading.upper()] if heading else []
+        places += range(len(labels), len(labels) + len(names))
+        labels += names
+        drawn += names
+    for axes, title, numbers, scale in (
+        (panels[0], "SQNR of the velocity, dB", [sqnr_db(measured[name]) for name in drawn], 1),
+        (panels[1], "PSNR to bf16, dB", [measured[name]["psnr_db"] for name in drawn], 1),
+        (panels[2], "right, %", [measured[name]["accuracy"]["all"] for name in drawn], 100),
     ):
+        means, errors = ([scale * number[key] for number in numbers] for key in ("mean", "error"))
+        axes.errorbar(means, places, xerr=errors, fmt="o", color="C0", markersize=4)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     panels[2].axvline(100 * measured[KEEP]["accuracy"]["all"]["mean"], color="C2", linestyle=":")
@@ -74,8 +63,8 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
             panels, (sqnr_db(measured[AGAINST]), measured[AGAINST]["psnr_db"]), strict=False
         ):
             axes.axvline(number["mean"], color="C3", linestyle=":")
-    panels[0].set_yticks(places, labels, fontsize=8)
-    panels[0].set_ylim(place - 0.5, -1.2)
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    panels[0].set_ylim(len(labels) - 0.5, -1.2)
     if below is not None:
         axes = below.subplots()
         for name in shared:

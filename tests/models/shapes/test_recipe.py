@@ -24,7 +24,9 @@ def params():
 
 @pytest.fixture(scope="module")
 def full(params):
-    return recipes.apply(params, RECIPES["semanticdialect"], QUICK)
+    """Without error feedback, which takes most of the time and has its own tests."""
+    recipe = dataclasses.replace(RECIPES["semanticdialect"], feedback=False)
+    return recipes.apply(params, recipe, QUICK)
 
 
 def test_the_full_recipe_plans_within_its_budget(params, full):
@@ -56,3 +58,12 @@ def test_a_recipe_that_does_not_fit_is_refused_before_any_work(params, capfd):
     with pytest.raises(ValueError, match=r"input rule 0 'layers/.\*' decides about none"):
         recipes.apply(params, wrong, QUICK)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["semanticdialect", "smoothquant", "hadamard", "w4a16"])
+def test_every_kind_of_recipe_makes_a_video(params, name):
+    quantised, settings = recipes.apply(params, RECIPES[name], QUICK)
+    tokens = np.asarray(tokenize(EXAMPLE))[None]
+    x = start(jax.random.key(0), np.array([0]))
+    assert np.isfinite(generate(quantised, tokens, x, settings=settings)).all()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.recipes import named, rounding
+from models.common.recipes import named
 from models.shapes import recipe as recipes
 from models.shapes.compare import Model
 from models.shapes.config import CONFIG
@@ -51,20 +51,19 @@ def test_captions_are_a_prompt_s_own_whatever_the_batch():
 
 def test_scores_rank_models_by_their_error(params, capfd):
     models = {"floor": Model(reordered(params), QUICK)}
-    models["int4"] = Model(*recipes.apply(params, rounding("int4", "int4"), QUICK))
     models["plain"] = Model(*recipes.apply(params, named("plain"), QUICK))
     task = Task(prompts=3, batch=2, consistency=True)
     scores = score(Model(params, QUICK), models, task)
-    assert list(scores) == ["reference", "floor", "int4", "plain"]
+    assert list(scores) == ["reference", "floor", "plain"]
     for one in scores.values():
         assert one.one_thing.shape == one.psnr_db.shape == (3,)
         assert all(right.shape == (3,) for right in one.right.values())
     assert np.isinf(scores["reference"].psnr_db).all()
     for metric in ("psnr_db", "ssim", "step_sqnr_db"):
-        floor, int4 = (getattr(scores[name], metric).mean(axis=-1) for name in ("floor", "int4"))
-        assert np.all(floor > int4), metric
-    assert scores["int4"].step_sqnr_db.shape == (2, 3)
-    assert scores["int4"].differences is None
+        floor, plain = (getattr(scores[name], metric).mean(axis=-1) for name in ("floor", "plain"))
+        assert np.all(floor > plain), metric
+    assert scores["plain"].step_sqnr_db.shape == (2, 3)
+    assert scores["floor"].differences is None
     assert scores["plain"].differences.shape == (3, 8, 2)
     different, numbers = scores["plain"].differences.sum(axis=(0, 1))
     assert 0.03**2 < different / numbers < 0.3**2
