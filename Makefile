@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out
+TESTS ?= tests
 
 .PHONY: demo test check slow bench clean
 
@@ -15,7 +16,7 @@ demo: $(STAMP)  ## sample three prompts with 4-bit weights and activations, besi
 	@echo "open $(OUT)/demo/report.html in a browser"
 
 test: $(STAMP)  ## everything but the slow tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto $(TESTS)
 
 slow: $(STAMP)  ## everything
 	$(BIN)/python -m pytest -q -n auto --slow
