@@ -156,13 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="+", choices=TABLES, help="what to measure")
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)"
+    )
     parser.add_argument("--prompts", type=int, default=512, help="of each seed (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
     parser.add_argument("--batch", type=int, default=64, help="videos at once (default: 64)")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)
-    for name in args.tables:
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"no such table: {', '.join(sorted(unknown))}; there is {', '.join(TABLES)}")
+    for name in args.tables or TABLES:
         table = TABLES[name]
         task = Task(
             prompts=args.prompts,

@@ -117,7 +117,7 @@ def differences(
     Args:
       x: tokens `[B, S, K]` as they are quantised.
       rule: with a dialect format.
-      allowed: each token's sub-formatbook `[B, S, 8]`, or None.
+      allowed: each token's sub-formatbooks `[B, S, 1 or G, 8]`, or None.
       pairs: to compare.
       kinds: of pairs.
     Returns:

@@ -140,6 +140,9 @@ class SemanticDialect:
             )
         if self.sharing is not None and self.refresh_every == 1:
             raise ValueError("refresh_every: a step that learns shares nothing; expected 0 or >= 2")
+        rules = [first_match(self.rules, site) for site, _ in self.sites]
+        if self.sharing is not None and not any(r and r.rule == "two_stage" for r in rules):
+            raise ValueError("sharing: no input's blocks choose by two_stage: nothing to share")
         for name in ("candidates", "tokens"):
             part = self.sharing if name == "candidates" else self.decomposition
             if part is not None and not 0 < getattr(part, name) <= self.tokens:

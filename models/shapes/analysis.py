@@ -49,6 +49,8 @@ class Task:
                 raise ValueError(f"{name}: expected a number from 1 up, got {getattr(self, name)}")
         if not self.recipe.inputs:
             raise ValueError(f"recipe {self.recipe.name!r} quantises no inputs: nothing to analyze")
+        if self.recipe.smooth is not None:
+            raise ValueError(f"recipe {self.recipe.name!r} smooths inputs: not analyzed yet")
         if not self.recipe.extra_work:
             raise ValueError(
                 f"recipe {self.recipe.name!r} has no budget for decomposition (extra_work)"

@@ -63,14 +63,20 @@ def _step_sqnr_db(params, tokens, reference, levels, *, settings: Settings, on_s
 def _intermediates(params, tokens, x, sigma, *, settings: Settings):
     model = Shapes(CONFIG, settings.ops, settings.dtype)
     levels = jnp.broadcast_to(sigma, len(x))
-    _, seen = model.apply({"params": params}, x, levels, tokens, mutable=["intermediates"])
+    quantizer = settings.ops.quantizer
+    state = quantizer.at_step(quantizer.initial_state(CONFIG.dit.layers, len(x)), jnp.int32(0))
+    _, seen = model.apply({"params": params}, x, levels, tokens, state, mutable=["intermediates"])
     return flatten(seen["intermediates"]["dit"]["blocks"])
 
 
 def layer_sqnr_db(
     reference: Model, quantised: Model, tokens: jax.Array, x: jax.Array, sigma: float
 ) -> dict[str, list[float]]:
-    """SQNR of every linear's input and every block's output, per depth, given the same x."""
+    """SQNR of every linear's input and every block's output, per depth, given the same x.
+
+    A quantizer with a memory knows what it knows at the first step: it decomposes, but has not
+    learned yet what to share.
+    """
     seen, other = (
         _intermediates(m.params, tokens, x, jnp.float32(sigma), settings=m.settings)
         for m in (reference, quantised)

@@ -112,3 +112,9 @@ def test_committed_results_are_of_the_bundled_weights_and_good_enough():
     coarse, fine = (results[f"weights {name}, activations {name}"] for name in ("mxfp4", "int8"))
     lost = fine["accuracy"]["all"]["mean"] - coarse["accuracy"]["all"]["mean"]
     assert lost >= 0.04 or fine["psnr_db"]["mean"] - coarse["psnr_db"]["mean"] >= 6
+
+
+def test_an_unknown_table_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "colours")
+    assert "no such table: colours; there is formats" in capsys.readouterr().err

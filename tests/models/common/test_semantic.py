@@ -189,6 +189,11 @@ def test_impossible_options_are_refused(options, words):
         quantizer(**options)
 
 
+def test_sharing_without_any_choice_is_refused():
+    with pytest.raises(ValueError, match="nothing to share"):
+        dataclasses.replace(quantizer(sharing=shares()), rules=(SiteRule(r"blocks/.*", "mxfp4"),))
+
+
 @pytest.mark.parametrize("options", [{"anchors": 0}, {"anchors": 65}, {"alike": "colour"}])
 def test_impossible_sharing_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
