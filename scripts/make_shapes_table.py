@@ -7,6 +7,7 @@ captions, device and versions, are not measured again: an interrupted run goes o
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -18,6 +19,7 @@ from models.shapes.evaluation import FLOOR, conditions, evaluate
 from models.shapes.generate import Settings
 from models.shapes.scores import Task
 from scripts import _results as results
+from scripts import _workers
 from scripts._shapes_plots import plot, sqnr_db
 from scripts._shapes_tables import TABLES, Table
 from sdq import formats
@@ -133,22 +135,32 @@ def _known(path: pathlib.Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
     return before["results"] if before.get("conditions") == conditions else {}
 
 
-def measure(table: Table, task: Task, out: pathlib.Path) -> None:
+def measure(table: Table, task: Task, out: pathlib.Path, workers: int = 1) -> None:
     """Measure what is missing and write the page, its JSON and its picture."""
-    settings = Settings()
-    document: dict[str, Any] = {
-        "environment": results.environment("make_shapes_table"),
-        "conditions": conditions(settings, task),
-    }
-    measured = _known(out / f"{table.stem}.json", document["conditions"])
-    while missing := [one for name, one in table.recipes.items() if name not in measured]:
-        found = evaluate(missing[:AT_ONCE], settings, task, against=table.against)
-        measured = found | measured  # what is known stays
-        names = [KEEP, FLOOR, *table.recipes]
-        document["results"] = {name: measured[name] for name in names if name in measured}
-        results.write(out, table.stem, to_markdown(table, document), document)
-        plot(table, document["results"], out / f"{table.stem}.png")
+    names = [KEEP, FLOOR, *table.recipes]
+    with _workers.workers(workers) as each:
+        document = next(iter(each(_about, [task])))
+        measured = _known(out / f"{table.stem}.json", document["conditions"])
+        missing = [recipe for name, recipe in table.recipes.items() if name not in measured]
+        parts = [missing[first : first + AT_ONCE] for first in range(0, len(missing), AT_ONCE)]
+        for found in each(functools.partial(_evaluated, task, table.against), parts):
+            measured = found | measured  # what is known stays
+            document["results"] = {name: measured[name] for name in names if name in measured}
+            results.write(out, table.stem, to_markdown(table, document), document)
+            plot(table, document["results"], out / f"{table.stem}.png")
+            print(f"{table.stem}: {len(measured) - 2} of {len(table.recipes)}", file=sys.stderr)
     print((out / f"{table.stem}.md").read_text())
+
+
+def _about(task: Task) -> dict[str, Any]:
+    return {
+        "environment": results.environment("make_shapes_table"),
+        "conditions": conditions(Settings(), task),
+    }
+
+
+def _evaluated(task: Task, against: Recipe | None, chosen: Sequence[Recipe]) -> dict[str, Any]:
+    return evaluate(chosen, Settings(), task, against=against)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=512, help="of each seed (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
     parser.add_argument("--batch", type=int, default=64, help="videos at once (default: 64)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, each on a GPU of its own (default: 1)"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)
     if unknown := set(args.tables) - set(TABLES):
@@ -175,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seeds=table.seeds,
             consistency=table.consistency,
         )
-        measure(table, task, args.out)
+        measure(table, task, args.out, args.workers)
     return 0
 
 
