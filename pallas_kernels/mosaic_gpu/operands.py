@@ -1,0 +1,121 @@
+"""How the Hopper kernels store both operands of a product: the same bits as a QTensor, reordered.
+
+One `wgmma` takes 32 channels (a step). Of these, thread t of a row's four feeds two runs of four:
+4 t .. 4 t + 3 and 16 + 4 t .. 19 + 4 t. The order of channels inside a product is free, as long as
+both operands agree, so a thread is given eight neighbours instead, 8 t .. 8 t + 7: one 32-bit word
+of codes, in one block of 16 or more, which needs one look-up of its dialect. The fp8 rows that it
+meets lie in that order too (`interleave`).
+
+  word      codes of 8 neighbours; index j in bits 4 j .. 4 j + 2, the sign of j in bit 8 j + 7, or,
+            from the fourth on, 8 (j - 4) + 3: where they need a mask, or a shift and a mask
+  metadata  one 32-bit word for the 4 steps of a tile of 128 channels, a byte each. Blocks of 16
+            have two words, for the first and the second half of every step
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdq import QTensor, formatbook, qtensor
+from sdq.formats import Format
+
+STEP = 32  # channels of one wgmma
+TILE_K = 128  # channels that share a word of metadata
+RUN = 4  # channels in a register
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TiledWeight:
+    """A dialect QTensor `[N, K]` as the matmul reads it; K is filled up to whole tiles with zeros.
+
+    Attributes:
+      words: codes, uint32 `[N, tiles * 16]`.
+      metadata: uint32 `[tiles, N * halves]`, a row's halves side by side.
+      exponents: of the rows, int8 `[N]`.
+      format: of the numbers.
+      length: K.
+    """
+
+    words: jax.Array
+    metadata: jax.Array
+    exponents: jax.Array
+    format: Format = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def halves(self) -> int:
+        """Words of metadata of a row and tile."""
+        return halves_of(self.format)
+
+
+def misfit(fmt: Format) -> str | None:
+    """Why a format's numbers cannot be stored so; None if they can."""
+    if fmt.family != "dialect":
+        return f"{fmt}: only dialect formats are decoded in registers"
+    if (fmt.block or 0) % 16:
+        return f"{fmt}: blocks must be multiples of 16"
+    return None
+
+
+def halves_of(fmt: Format) -> int:
+    """Blocks that a step touches."""
+    return 2 if fmt.block == STEP // 2 else 1
+
+
+@jax.jit
+def tile_weight(q: QTensor) -> TiledWeight:
+    """A QTensor, its quantised axis K and one other axis N, in the kernel's order."""
+    encoded = qtensor.unpack(q)
+    codes = qtensor.joined(encoded.codes)[:, : q.length]
+    tiles = -(-q.length // TILE_K)
+    codes = jnp.pad(codes, ((0, 0), (0, tiles * TILE_K - q.length))).astype(jnp.uint32)
+    assert q.format.block is not None and encoded.outer is not None
+    per_byte = max(1, q.format.block // STEP)  # steps that share a byte
+    metadata = jnp.repeat(encoded.scales, per_byte, axis=-1)
+    halves = halves_of(q.format)
+    width = tiles * 4 * halves
+    metadata = jnp.pad(metadata, ((0, 0), (0, max(0, width - metadata.shape[1]))))[:, :width]
+    metadata = metadata.reshape(-1, tiles, 4, halves)  # a step's halves are neighbours
+    return TiledWeight(
+        words=_words(codes.reshape(*codes.shape[:-1], -1, 8)),
+        metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
+        exponents=encoded.outer[:, 0],
+        format=q.format,
+        length=q.length,
+    )
+
+
+def _words(codes: jax.Array) -> jax.Array:
+    """uint32 codes `[..., 8]` to words `[...]`."""
+    fields = [
+        (codes[..., j] & 7) << (4 * j) | (codes[..., j] >> 3) << sign_bit(j) for j in range(8)
+    ]
+    return functools.reduce(jnp.bitwise_or, fields)
+
+
+def sign_bit(j: int) -> int:
+    """Where a word keeps the sign of its j-th code."""
+    return 8 * j + 7 if j < 4 else 8 * (j - 4) + 3
+
+
+def _joined_bytes(parts: jax.Array) -> jax.Array:
+    """uint8 `[..., 4]` to uint32 `[...]`, the first byte lowest."""
+    return functools.reduce(
+        jnp.bitwise_or, [parts[..., i].astype(jnp.uint32) << (8 * i) for i in range(4)]
+    )
+
+
+def interleave(x: jax.Array) -> jax.Array:
+    """Rows `[..., K]`, K a multiple of 32, in the order that the words ask for."""
+    runs = x.reshape(*x.shape[:-1], -1, STEP // (2 * RUN), 2, RUN)
+    return jnp.swapaxes(runs, -3, -2).reshape(x.shape)
+
+
+def look_up_table(fmt: Format) -> np.ndarray:
+    """uint32 `[512]`: two words of four e4m3 magnitudes for each metadata byte."""
+    table = formatbook.fp8_table(formatbook.BOOKS[fmt.book or ""])
+    return np.ascontiguousarray(table).view(np.uint32).reshape(-1)

@@ -1,0 +1,115 @@
+"""32-bit registers of a thread inside `plgpu.inline_mgpu`: names for MLIR operations."""
+
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+Register = Any  # an MLIR value of type i32
+
+
+def i32() -> ir.Type:
+    """The type of a register; needs the MLIR context of a lowering."""
+    return ir.IntegerType.get_signless(32)
+
+
+def constant(value: int) -> Register:
+    """The low 32 bits of a number."""
+    signed = int(np.uint32(value & 0xFFFFFFFF).astype(np.int32))
+    return utils.c(signed, i32())
+
+
+def add(a: Register, b: Register | int) -> Register:
+    """a + b."""
+    return arith.addi(a, _register(b))
+
+
+def multiply(a: Register, b: Register | int) -> Register:
+    """The low 32 bits of a b."""
+    return arith.muli(a, _register(b))
+
+
+def both(a: Register, b: Register | int) -> Register:
+    """Bitwise and."""
+    return arith.andi(a, _register(b))
+
+
+def either(a: Register, b: Register | int) -> Register:
+    """Bitwise or."""
+    return arith.ori(a, _register(b))
+
+
+def shift_right(a: Register, by: int) -> Register:
+    """Zeros come in on the left."""
+    return arith.shrui(a, constant(by)) if by else a
+
+
+def shift_left(a: Register, by: int) -> Register:
+    """Zeros come in on the right."""
+    return arith.shli(a, constant(by)) if by else a
+
+
+def thread() -> Register:
+    """Of this warpgroup, 0 .. 127."""
+    return both(_asm("mov.u32 $0, %tid.x;"), 127)
+
+
+def permute(low: Register, high: Register, selector: Register) -> Register:
+    """Four of the eight bytes of (low, high), named by the low four nibbles of the selector."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+
+
+def dot_bytes(bytes_: Register, by: int, plus: Register) -> Register:
+    """plus + the sum of the products of two registers' four unsigned bytes."""
+    return _asm("dp4a.u32.u32 $0, $1, $2, $3;", bytes_, constant(by), plus)
+
+
+def address(ref: Any) -> Register:
+    """Where an SMEM ref begins, in shared memory."""
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def load(at: Register, offset: int = 0) -> Register:
+    """A word of shared memory."""
+    return llvm.load(i32(), _pointer(at, offset))
+
+
+def load_pair(at: Register) -> tuple[Register, Register]:
+    """Two words of shared memory, aligned to 8 bytes."""
+    pair = llvm.load(ir.VectorType.get((2,), i32()), _pointer(at, 0))
+    return vector.extract(pair, [], [0]), vector.extract(pair, [], [1])
+
+
+def scalar(value: Any) -> Register:
+    """A register that Mosaic holds as a vector of one."""
+    return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value
+
+
+def as_e4m3(register: Register) -> Any:
+    """Four bytes as a vector of four numbers."""
+    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+    return utils.bitcast(
+        utils.bitcast(register, four), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+    )
+
+
+def from_e4m3(value: Any) -> Register:
+    """The inverse of as_e4m3."""
+    return utils.bitcast(value, i32())
+
+
+def _register(value: Register | int) -> Register:
+    return constant(value) if isinstance(value, int) else value
+
+
+def _pointer(at: Register, offset: int) -> Any:
+    pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), at)
+    if not offset:
+        return pointer
+    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+
+
+def _asm(text: str, *operands: Register) -> Register:
+    return llvm.inline_asm(i32(), list(operands), text, "=r" + ",r" * len(operands))
