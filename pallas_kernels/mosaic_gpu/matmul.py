@@ -6,8 +6,9 @@ decode their part of the weight tile into registers and multiply. The weights of
 decoded while the tensor cores work on this one.
 """
 
-import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,40 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
-from pallas_kernels.mosaic_gpu.operands import TILE_K, TiledWeight, look_up_table
+from pallas_kernels.mosaic_gpu.operands import TiledWeight, look_up_table
 
 PRODUCER_REGISTERS = 40
 REGISTERS = 512  # of a thread of each warpgroup of a full SM
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-      rows_n: weight rows of a warpgroup, a multiple of 64.
-      tile_m: rows of x, at most 256.
-      warpgroups: that multiply.
-      stages: slots of the ring.
-      cluster: blocks that share each tile of x, 1 or 2.
-      promote: tiles of K (of 128 channels) that the tensor cores sum up before float32 registers
-        take over; 0 is all. Their own sums of fp8 products keep some 14 bits.
-      width: tiles along M before the next tile along N, for reuse in L2.
-    """
-
-    rows_n: int = 64
-    tile_m: int = 256
-    warpgroups: int = 2
-    stages: int = 4
-    cluster: int = 1
-    promote: int = 0
-    width: int = 8
-
-    @property
-    def tile_n(self) -> int:
-        """Weight rows of a block."""
-        return self.rows_n * self.warpgroups
 
 
 def matmul(
@@ -59,19 +32,21 @@ def matmul(
     w_scale: jax.Array,
     bias: jax.Array,
     *,
+    activation: Callable[[jax.Array], jax.Array],
     config: Config,
     out_dtype: Any,
     num_sms: int,
     interpret: Any = None,
 ) -> jax.Array:
-    """(x 2^x_exponent) (w 2^w_exponent)^T + bias.
+    """activation((x x_scale) (w w_scale)^T + bias).
 
     Args:
-      x: e4m3 `[M, K]`, interleaved.
+      x: e4m3 `[M, K]`, interleaved; whole tiles, as w.
       x_scale: float32 `[M]`, of the rows.
-      w: the weight, of N rows.
+      w: the weight, of N rows with those that fill the last tile.
       w_scale: float32 `[N]`.
       bias: float32 `[N]`.
+      activation: of single numbers.
       config: how.
       out_dtype: of the result.
       num_sms: of the GPU.
@@ -86,7 +61,6 @@ def matmul(
     steps = w.metadata.shape[0]
     halves = w.halves
     width = config.rows_n * halves  # words of metadata of a warpgroup
-    store_n = min(64, config.rows_n)
 
     def kernel(
         x_g, xs_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
@@ -166,64 +140,100 @@ def matmul(
                 words = _load(words_s.at[slot, rows], word_layout())
                 return decode_magnitudes(words, metadata, table_s, halves=halves), words
 
-            def multiply_into(acc, held, slot):
+            def operand(held):
+                """Of `wgmma`."""
                 if interpret is None:
-                    plgpu.wgmma(acc, add_signs(*held), x_s.at[slot].T)
-                else:
-                    weights_s[group], _ = held
-                    plgpu.commit_smem()
-                    plgpu.wgmma(acc, weights_s.at[group], x_s.at[slot].T)
+                    return add_signs(*held)
+                weights_s[group], _ = held
+                plgpu.commit_smem()
+                return weights_s.at[group]
 
-            def accumulate(begin, count, a):
-                """The product of slots, the first decoded in a; and what comes next, decoded."""
-
-                def step(number, a, acc):
-                    slot = lax.rem(number, config.stages)
-                    multiply_into(acc, a, slot)
-                    a = weights(number + 1)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return a
+            def sum_slots(begin, count, held):
+                """What the tensor cores sum up: the products of slots, for all columns at once."""
 
                 def run(acc):
-                    one = functools.partial(step, acc=acc)
-                    return lax.fori_loop(begin, begin + count, one, a), acc[...]
+                    def step(number, held):
+                        slot = lax.rem(number, config.stages)
+                        plgpu.wgmma(acc, operand(held), x_s.at[slot].T)
+                        held = weights(number + 1)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[slot])
+                        return held
 
-                a, product = pl.run_scoped(
-                    run, plgpu.ACC((config.rows_n, config.tile_m), jnp.float32)
-                )
-                return product, a
+                    held_then = lax.fori_loop(begin, begin + count, step, held)
+                    return acc[...], held_then
 
-            def tile(turn, a):
-                begin, every = turn * steps, config.promote or steps
-                total, a = accumulate(begin, min(every, steps), a)
+                return pl.run_scoped(run, plgpu.ACC((config.rows_n, config.tile_m), jnp.float32))
 
-                def more(group, held):
-                    product, a = accumulate(begin + group * every, every, held[1])
-                    return held[0] + product, a
+            def add_slot(number, totals, held):
+                """Totals plus the products of one slot, part after part of the columns."""
+                slot = lax.rem(number, config.stages)
+                a, then, totals = operand(held), None, list(totals)
+                for part in range(config.parts):
+                    columns = x_s.at[slot, pl.ds(part * config.columns, config.columns)].T
 
-                total, a = lax.fori_loop(1, steps // every, more, (total, a))
-                if rest := steps % every * (steps > every):
-                    product, a = accumulate(begin + steps - rest, rest, a)
-                    total = total + product
+                    def run(acc, columns=columns, last=part == config.parts - 1):
+                        plgpu.wgmma(acc, a, columns)
+                        then = weights(number + 1) if last else None
+                        plgpu.wgmma_wait(0)
+                        return acc[...], then
+
+                    acc = plgpu.ACC((config.rows_n, config.columns), jnp.float32)
+                    product, then = pl.run_scoped(run, acc)
+                    totals[part] = totals[part] + product
+                plgpu.barrier_arrive(free.at[slot])
+                return tuple(totals), then
+
+            def add_slots(begin, count, totals, held):
+                product, held = sum_slots(begin, count, held)
+                return (totals[0] + product,), held
+
+            def promoted(begin, held):
+                """Float32 sums of what the tensor cores sum up in each group of slots."""
+                every = config.promote
+                zeros = jnp.zeros((config.rows_n, config.columns), jnp.float32)
+                zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+                def add(number, state):
+                    first = begin + number * every
+                    if config.parts > 1:
+                        return add_slot(first, *state)
+                    return add_slots(first, every, *state)
+
+                state = (zeros,) * config.parts, held
+                state = lax.fori_loop(0, steps // every, add, state)
+                if rest := steps % every:
+                    state = add_slots(begin + steps - rest, rest, *state)
+                return state
+
+            def tile(turn, held):
+                begin = turn * steps
+                if config.promote:
+                    totals, held = promoted(begin, held)
+                else:
+                    total, held = sum_slots(begin, steps, held)
+                    totals = (total,)
                 at_m, at_n = place(turn)
-                store(total, turn, at_m, at_n + group * config.rows_n)
-                return a
+                store(totals, turn, at_m, at_n + group * config.rows_n)
+                return held
 
-            def store(acc, turn, at_m, at_n):
-                """Scale, add the bias and send a warpgroup's result out, 64 by 64."""
+            def store(totals, turn, at_m, at_n):
+                """Scale, add the bias and send a warpgroup's result out, piece by piece."""
                 by_row = plgpu.Layout.WGMMA.reduce(1)
                 by_column = plgpu.Layout.WGMMA.reduce(0)
-                pieces = [
-                    (i, j)
-                    for j in range(0, config.rows_n, store_n)
-                    for i in range(0, config.tile_m, 64)
-                ]
-                for number, (i, j) in enumerate(pieces):
-                    piece = acc[j : j + store_n, i : i + 64]
-                    w_scale = _load(ws_g.at[pl.ds(at_n + j, store_n)], by_row)
-                    bias = _load(bias_g.at[pl.ds(at_n + j, store_n)], by_row)
-                    x_scale = _load(xs_g.at[pl.ds(at_m + i, 64)], by_column)
+                pieces = list(
+                    itertools.product(
+                        range(0, config.rows_n, PIECE_N),
+                        range(config.parts),
+                        range(0, config.columns, config.piece),
+                    )
+                )
+                for number, (j, part, i) in enumerate(pieces):
+                    piece = totals[part][j : j + PIECE_N, i : i + config.piece]
+                    of_n = pl.ds(at_n + j, PIECE_N)
+                    of_m = pl.ds(at_m + part * config.columns + i, config.piece)
+                    w_scale, bias = _load(ws_g.at[of_n], by_row), _load(bias_g.at[of_n], by_row)
+                    x_scale = _load(xs_g.at[of_m], by_column)
                     shape = piece.shape
                     y = piece * lax.broadcast_in_dim(x_scale, shape, (1,))
                     y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
@@ -231,12 +241,10 @@ def matmul(
                     slot = out_s.at[group, lax.rem(turn * len(pieces) + number, 2)]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     slot.T[...] = plgpu.layout_cast(
-                        y.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                        activation(y).astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
                     )
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        slot, out_g.at[pl.ds(at_m + i, 64), pl.ds(at_n + j, store_n)]
-                    )
+                    plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
 
             lax.fori_loop(0, own, tile, weights(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -261,7 +269,7 @@ def matmul(
             weights_s=None
             if interpret is None
             else plgpu.SMEM((config.warpgroups, config.rows_n, TILE_K), jnp.float8_e4m3fn),
-            out_s=_swizzled((2, 64, store_n), out_dtype, stages=config.warpgroups),
+            out_s=_swizzled((2, config.piece, PIECE_N), out_dtype, stages=config.warpgroups),
             full=plgpu.Barrier(num_arrivals=2 + config.warpgroups, num_barriers=config.stages),
             free=_free_barrier(config),
             table_ready=plgpu.Barrier(),

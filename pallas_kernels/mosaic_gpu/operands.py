@@ -4,7 +4,7 @@ One `wgmma` takes 32 channels (a step). Of these, thread t of a row's four feeds
 4 t .. 4 t + 3 and 16 + 4 t .. 19 + 4 t. The order of channels inside a product is free, as long as
 both operands agree, so a thread is given eight neighbours instead, 8 t .. 8 t + 7: one 32-bit word
 of codes, in one block of 16 or more, which needs one look-up of its dialect. The fp8 rows that it
-meets lie in that order too (`interleave`).
+meets lie in that order too (`rows.interleave`).
 
   word      codes of 8 neighbours; index j in bits 4 j .. 4 j + 2, the sign of j in bit 8 j + 7, or,
             from the fourth on, 8 (j - 4) + 3: where they need a mask, or a shift and a mask
@@ -19,24 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mosaic_gpu.config import TILE_K
 from sdq import QTensor, formatbook, qtensor
 from sdq.formats import Format
 
 STEP = 32  # channels of one wgmma
-TILE_K = 128  # channels that share a word of metadata
-RUN = 4  # channels in a register
+TILE_N = 64  # rows, likewise the columns of the result: TMA copies whole tiles
+TILE_M = 8  # rows of x and of the result
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TiledWeight:
-    """A dialect QTensor `[N, K]` as the matmul reads it; K is filled up to whole tiles with zeros.
+    """A dialect QTensor `[N, K]` as the matmul reads it, filled up to whole tiles with zeros.
 
     Attributes:
-      words: codes, uint32 `[N, tiles * 16]`.
-      metadata: uint32 `[tiles, N * halves]`, a row's halves side by side.
-      exponents: of the rows, int8 `[N]`.
+      words: codes, uint32 `[rows, tiles * 16]`.
+      metadata: uint32 `[tiles, rows * halves]`, a row's halves side by side.
+      exponents: of the rows, int8 `[rows]`.
       format: of the numbers.
+      count: N; rows is the next multiple of TILE_N.
       length: K.
     """
 
@@ -44,6 +46,7 @@ class TiledWeight:
     metadata: jax.Array
     exponents: jax.Array
     format: Format = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -70,21 +73,24 @@ def halves_of(fmt: Format) -> int:
 def tile_weight(q: QTensor) -> TiledWeight:
     """A QTensor, its quantised axis K and one other axis N, in the kernel's order."""
     encoded = qtensor.unpack(q)
-    codes = qtensor.joined(encoded.codes)[:, : q.length]
-    tiles = -(-q.length // TILE_K)
-    codes = jnp.pad(codes, ((0, 0), (0, tiles * TILE_K - q.length))).astype(jnp.uint32)
     assert q.format.block is not None and encoded.outer is not None
+    codes = qtensor.joined(encoded.codes)[:, : q.length]
+    count, tiles = len(codes), -(-q.length // TILE_K)
+    more = -count % TILE_N
+    codes = jnp.pad(codes, ((0, more), (0, tiles * TILE_K - q.length))).astype(jnp.uint32)
     per_byte = max(1, q.format.block // STEP)  # steps that share a byte
     metadata = jnp.repeat(encoded.scales, per_byte, axis=-1)
     halves = halves_of(q.format)
     width = tiles * 4 * halves
-    metadata = jnp.pad(metadata, ((0, 0), (0, max(0, width - metadata.shape[1]))))[:, :width]
+    missing = max(0, width - metadata.shape[1])
+    metadata = jnp.pad(metadata, ((0, more), (0, missing)))[:, :width]
     metadata = metadata.reshape(-1, tiles, 4, halves)  # a step's halves are neighbours
     return TiledWeight(
         words=_words(codes.reshape(*codes.shape[:-1], -1, 8)),
         metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
-        exponents=encoded.outer[:, 0],
+        exponents=jnp.pad(encoded.outer[:, 0], (0, more)),
         format=q.format,
+        count=count,
         length=q.length,
     )
 
@@ -107,12 +113,6 @@ def _joined_bytes(parts: jax.Array) -> jax.Array:
     return functools.reduce(
         jnp.bitwise_or, [parts[..., i].astype(jnp.uint32) << (8 * i) for i in range(4)]
     )
-
-
-def interleave(x: jax.Array) -> jax.Array:
-    """Rows `[..., K]`, K a multiple of 32, in the order that the words ask for."""
-    runs = x.reshape(*x.shape[:-1], -1, STEP // (2 * RUN), 2, RUN)
-    return jnp.swapaxes(runs, -3, -2).reshape(x.shape)
 
 
 def look_up_table(fmt: Format) -> np.ndarray:

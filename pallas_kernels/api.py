@@ -1,0 +1,192 @@
+"""quantized_matmul: one product, several implementations, none chosen in silence."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import device, reference, xla_fp8
+from pallas_kernels.mosaic_gpu import operands
+from pallas_kernels.mosaic_gpu.config import MODES, Config, heuristic
+from pallas_kernels.mosaic_gpu.operands import TiledWeight
+from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
+from sdq import QTensor
+
+IMPLEMENTATIONS = ("mosaic_gpu", "xla_fp8", "reference")  # the first that fits is taken
+
+
+class Explanation(NamedTuple):
+    """Which implementation is taken, and why none of those before it.
+
+    Attributes:
+      implementation: its name.
+      refused: reasons by name.
+    """
+
+    implementation: str
+    refused: dict[str, str]
+
+
+def quantized_matmul(
+    x: jax.Array | QTensor | Fp8Rows,
+    w: QTensor | TiledWeight,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    mode: str = "accurate",
+    config: Config | None = None,
+) -> jax.Array:
+    """activation(x w^T + bias), summed in float32 and rounded once.
+
+    Args:
+      x: `[..., K]`: numbers, a QTensor quantised along its last axis, or Fp8Rows.
+      w: N rows of K: a QTensor `[N, K]` quantised along its last axis or `[K, N]` along its first
+        (stored alike); or a TiledWeight, which saves reordering it on every call.
+      bias: `[N]`, or None.
+      activation: None or "gelu" (by tanh).
+      out_dtype: of the result; x's by default.
+      implementation: one of IMPLEMENTATIONS; None takes the first that fits (`which` says why).
+      mode: of "mosaic_gpu": "accurate" adds up in float32; "fast" leaves sums to the tensor cores,
+        which is as good where signs mix, and up to a tenth wrong over thousands of numbers of one
+        sign.
+      config: how "mosaic_gpu" cuts the work, whatever the mode; None looks it up for the shape.
+    Returns:
+      `[..., N]`.
+    Raises:
+      ValueError: operands that no implementation takes, or that the one asked for does not.
+    """
+    _check(x, w, bias, activation, mode)
+    chosen = which(x, w).implementation if implementation is None else implementation
+    if reason := supports(chosen, x, w):
+        raise ValueError(f"quantized_matmul: {chosen} cannot do this: {reason}")
+    out_dtype = np.dtype(out_dtype or x.dtype)
+    if chosen == "mosaic_gpu":
+        config = config or heuristic(mode, math.prod(x.shape[:-1]), out_dtype.itemsize)
+        return _mosaic_gpu(x, w, bias, activation, out_dtype, config)
+    if config is not None:
+        raise ValueError(f"config: only mosaic_gpu has one, not {chosen}")
+    assert isinstance(w, QTensor)
+    if chosen == "xla_fp8":
+        rows = fp8_rows(x) if isinstance(x, QTensor) else x
+        assert isinstance(rows, Fp8Rows)
+        return xla_fp8.matmul(rows, w, bias, activation, out_dtype)
+    return reference.matmul(x, w, bias, activation, out_dtype)
+
+
+def which(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> Explanation:
+    """What `quantized_matmul` takes for these operands (arrays or their shapes).
+
+    Raises:
+      ValueError: none fits.
+    """
+    refused: dict[str, str] = {}
+    for name in IMPLEMENTATIONS:
+        reason = supports(name, x, w)
+        if reason is None and name == "xla_fp8" and device.current().platform != "gpu":
+            reason = "no fp8 tensor cores here; ask for it by name"
+        if reason is None:
+            return Explanation(name, refused)
+        refused[name] = reason
+    raise ValueError(f"quantized_matmul: no implementation fits: {refused}")
+
+
+def supports(
+    implementation: str, x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight
+) -> str | None:
+    """Why an implementation cannot multiply these operands here; None if it can."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    if implementation == "mosaic_gpu":
+        return _mosaic_gpu_misfit(x, w)
+    if isinstance(w, TiledWeight):
+        return "w is a TiledWeight, which only mosaic_gpu reads"
+    if implementation == "xla_fp8":
+        return _fp8_misfit(x) or (
+            None if w.format.family == "dialect" else f"w: {w.format} numbers are not fp8 numbers"
+        )
+    return None
+
+
+def _mosaic_gpu_misfit(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> str | None:
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or newer, this is {jax.__version__}"
+    if not (here := device.current()).is_hopper:
+        return f"needs a Hopper GPU, not {here.kind}"
+    if reason := _fp8_misfit(x):
+        return reason
+    if reason := operands.misfit(w.format):
+        return f"w: {reason}"
+    if x.shape[-1] % operands.STEP:
+        return f"K = {x.shape[-1]} is not a multiple of {operands.STEP}"
+    return None
+
+
+def _fp8_misfit(x: jax.Array | QTensor | Fp8Rows) -> str | None:
+    if isinstance(x, QTensor) and (x.format.family != "dialect" or x.axis != -1):
+        return f"x: {x!r} is not rows of fp8 numbers"
+    return None if isinstance(x, QTensor | Fp8Rows) else "x: expected quantised rows"
+
+
+def rows_of(w: QTensor | TiledWeight) -> int:
+    """N."""
+    return w.count if isinstance(w, TiledWeight) else w.codes.shape[0]
+
+
+def _mosaic_gpu(
+    x: jax.Array | QTensor | Fp8Rows,
+    w: QTensor | TiledWeight,
+    bias: jax.Array | None,
+    activation: str | None,
+    out_dtype: np.dtype,
+    config: Config,
+) -> jax.Array:
+    from pallas_kernels.mosaic_gpu.matmul import matmul  # takes a second to import
+
+    rows = fp8_rows(x) if isinstance(x, QTensor) else x
+    assert isinstance(rows, Fp8Rows)
+    tiled = w if isinstance(w, TiledWeight) else operands.tile_weight(w)
+    n, (*lead, k) = rows_of(w), rows.shape
+    values = (rows.values if rows.interleaved else interleave(rows.values)).reshape(-1, k)
+    m = len(values)
+    fill_m, fill_n, fill_k = -m % operands.TILE_M, -n % operands.TILE_N, -k % operands.TILE_K
+    bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
+    y = matmul(
+        jnp.pad(values, ((0, fill_m), (0, fill_k))),
+        jnp.pad(row_scales(rows.exponents, bad=1.0).reshape(-1), (0, fill_m)),
+        tiled,
+        row_scales(tiled.exponents, bad=jnp.nan),
+        jnp.pad(bias, (0, fill_n)),
+        activation=reference.ACTIVATIONS[activation],
+        config=config,
+        out_dtype=out_dtype,
+        num_sms=device.current().cores,
+    )
+    return y[:m, :n].reshape(*lead, n)
+
+
+def _check(
+    x: jax.Array | QTensor | Fp8Rows,
+    w: QTensor | TiledWeight,
+    bias: jax.Array | None,
+    activation: str | None,
+    mode: str,
+) -> None:
+    if not isinstance(w, QTensor | TiledWeight):
+        raise ValueError(f"w: expected a QTensor or a TiledWeight, got {type(w).__name__}")
+    if isinstance(w, QTensor) and w.ndim != 2:
+        raise ValueError(f"w: expected two axes, got {w!r}")
+    if not x.shape or x.shape[-1] != w.length:
+        raise ValueError(f"x: expected [..., {w.length}], got {list(x.shape)}")
+    if bias is not None and bias.shape != (rows_of(w),):
+        raise ValueError(f"bias: expected [{rows_of(w)}], got {list(bias.shape)}")
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"activation: expected one of {known}, got {activation!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")

@@ -1,0 +1,93 @@
+"""How the Hopper matmul cuts its work."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One way to cut it.
+
+    Attributes:
+      rows_n: weight rows of a warpgroup, a multiple of 64.
+      tile_m: rows of x, a multiple of 16 up to 256.
+      warpgroups: that multiply.
+      stages: slots of the ring.
+      cluster: blocks that share each tile of x, 1 or 2.
+      promote: tiles of K (of 128 channels) that the tensor cores sum up before float32 registers
+        take over; 0 is all. Their own sums of fp8 products keep some 14 bits.
+      parts: of the columns that are promoted one after another, because all at once would need
+        registers for two results. More than one needs promote = 1.
+      width: tiles along M before the next tile along N, for reuse in L2.
+    """
+
+    rows_n: int = 64
+    tile_m: int = 256
+    warpgroups: int = 2
+    stages: int = 4
+    cluster: int = 1
+    promote: int = 0
+    parts: int = 1
+    width: int = 8
+
+    def __post_init__(self):
+        for name, of, most in (("rows_n", 64, 128), ("tile_m", 16, 256)):
+            if not 0 < (value := getattr(self, name)) <= most or value % of:
+                raise ValueError(f"{name}: expected a multiple of {of} up to {most}, got {value}")
+        for name, least, most in (("warpgroups", 1, 3), ("stages", 2, 16), ("cluster", 1, 2)):
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name}: expected in [{least}, {most}], got {value}")
+
+        if self.parts > 1 and (self.promote != 1 or self.tile_m % (16 * self.parts)):
+            raise ValueError(
+                f"parts: {self.parts} need promote = 1 and a tile_m of as many times 16, "
+                f"got promote = {self.promote}, tile_m = {self.tile_m}"
+            )
+
+    @property
+    def tile_n(self) -> int:
+        """Weight rows of a block."""
+        return self.rows_n * self.warpgroups
+
+    @property
+    def columns(self) -> int:
+        """Rows of x that are multiplied at once."""
+        return self.tile_m // self.parts
+
+    @property
+    def piece(self) -> int:
+        """Rows of the result that leave together."""
+        return next(rows for rows in (64, 32, 16) if self.columns % rows == 0)
+
+    def shared_memory(self, out_bytes: int) -> int:
+        """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
+        slot = self.tile_m * TILE_K + self.tile_n * (TILE_K // 2 + 8)
+        staging = self.warpgroups * 2 * self.piece * PIECE_N * out_bytes
+        return self.stages * slot + staging + SMALL_THINGS
+
+
+TILE_K = 128  # channels of a slot
+PIECE_N = 64  # columns of the result that leave together
+SMALL_THINGS = 4096  # table and barriers
+SHARED_MEMORY = 232448  # bytes of a Hopper block
+
+MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}
+
+
+def heuristic(mode: str, m: int, out_bytes: int = 2) -> Config:
+    """For m rows of x that nobody has tuned."""
+    config = MODES[mode]
+    if m <= config.tile_m - 64:
+        config = dataclasses.replace(config, tile_m=-(-m // 64) * 64, parts=1)
+    return fitted(config, out_bytes)
+
+
+def fitted(config: Config, out_bytes: int) -> Config:
+    """With as many slots as there is room for, up to six."""
+    stages = next(
+        n for n in range(6, 1, -1) if _fits(dataclasses.replace(config, stages=n), out_bytes)
+    )
+    return dataclasses.replace(config, stages=stages)
+
+
+def _fits(config: Config, out_bytes: int) -> bool:
+    return config.shared_memory(out_bytes) <= SHARED_MEMORY

@@ -1,0 +1,141 @@
+"""Compile kernels for an H100 where there is none, and read what the assembler says of them.
+
+    python -m tests.pallas_kernels.deviceless FOLDER '[{"m": 4096, "n": 5120, "k": 5120}]'
+
+Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (the extra `aot`). A process of its own,
+because both the platforms and the folder for dumps are read from the environment.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+CONFIG = pathlib.Path(__file__).parent / "h100.txtpb"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a kernel.
+
+    Attributes:
+      spilled: bytes stored because registers ran out.
+      serialized: whether the assembler made tensor core instructions wait for each other.
+      shared_memory: bytes.
+      instructions: opcodes of the machine code; empty without nvdisasm.
+    """
+
+    spilled: int
+    serialized: bool
+    shared_memory: int
+    instructions: frozenset[str]
+
+
+def is_possible() -> bool:
+    """Whether the compiler is installed."""
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def compiled(folder: pathlib.Path, cases: Sequence[dict[str, Any]]) -> list[Report]:
+    """Compile `mosaic_gpu.matmul` for each case: arguments of `compile_matmul`."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_ROOT": _cuda_root()}
+    command = [sys.executable, "-m", __name__, str(folder), json.dumps(list(cases))]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [_report(folder / str(number)) for number in range(len(cases))]
+
+
+def _cuda_root() -> str:
+    spec = importlib.util.find_spec("nvidia")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for place in places for path in pathlib.Path(place).glob("*/bin/nvdisasm")]
+    return str(found[0].parents[1]) if found else ""
+
+
+def _report(folder: pathlib.Path) -> Report:
+    log, resources = (next(folder.glob(f"*{end}")).read_text() for end in (".ptxas", ".txt"))
+    listing = "".join(path.read_text() for path in folder.glob("*.sass_ctrl"))
+    return Report(
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
+        serialized="serialized" in log,
+        shared_memory=int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]),
+        instructions=frozenset(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)", listing)),
+    )
+
+
+def compile_matmul(
+    m: int,
+    n: int,
+    k: int,
+    format: str = "sdq32:16",
+    activation: str | None = None,
+    out_dtype: str = "bfloat16",
+    mode: str = "fast",
+    **changes: int,
+) -> None:
+    """One case, for an H100; `changes` are of the heuristic's Config."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    import sdq
+    from pallas_kernels import quantized_matmul
+    from pallas_kernels.mosaic_gpu.config import fitted, heuristic
+    from pallas_kernels.mosaic_gpu.operands import tile_weight
+    from pallas_kernels.rows import Fp8Rows
+
+    device = topologies.get_topology_desc(
+        platform="cuda", target_config=CONFIG.read_text(), topology="1x1x1"
+    ).devices
+    mesh = jax.sharding.Mesh(np.array(device), ("x",))
+    q = jax.eval_shape(lambda w: sdq.quantize(w, format), jax.ShapeDtypeStruct((n, k), jnp.float32))
+    shapes = (
+        Fp8Rows(
+            values=jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn),
+            exponents=jax.ShapeDtypeStruct((m, 1), jnp.int8),
+            dtype=np.dtype(jnp.bfloat16),
+            interleaved=True,
+        ),
+        jax.eval_shape(tile_weight, q),
+        jax.ShapeDtypeStruct((n,), jnp.float32),
+    )
+
+    out_bytes = np.dtype(out_dtype).itemsize
+    config = fitted(dataclasses.replace(heuristic(mode, m, out_bytes), **changes), out_bytes)
+
+    def product(x: Any, w: Any, bias: Any) -> jax.Array:
+        return quantized_matmul(
+            x,
+            w,
+            bias=bias,
+            activation=activation,
+            out_dtype=out_dtype,
+            implementation="mosaic_gpu",
+            config=config,
+        )
+
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = jax.tree.map(lambda _: replicated, shapes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jax.jit(product, in_shardings=shardings).lower(*shapes).compile()
+
+
+def main(folder: str, cases: str) -> None:
+    """Compile every case with a folder of its own for the dumps."""
+    for number, case in enumerate(json.loads(cases)):
+        place = pathlib.Path(folder) / str(number)
+        place.mkdir(parents=True)
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(place)
+        compile_matmul(**case)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

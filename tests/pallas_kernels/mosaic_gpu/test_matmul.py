@@ -1,0 +1,101 @@
+"""The Hopper kernel where there is no GPU: interpreted on small operands, compiled on large."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdq
+from pallas_kernels.mosaic_gpu.config import MODES, SHARED_MEMORY, TILE_K, Config, heuristic
+from pallas_kernels.mosaic_gpu.operands import TILE_N, tile_weight
+from pallas_kernels.rows import fp8_rows, interleave, row_scales
+from tests.pallas_kernels import deviceless
+
+SMALL = Config(tile_m=64, stages=2)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+@pytest.mark.parametrize(
+    "m, n, k, fmt, config",
+    [
+        (128, 256, 256, "sdq32:16", SMALL),
+        (128, 256, 256, "sdq32:32", Config(tile_m=64, stages=3)),
+        (100, 200, 288, "sdq32:16", SMALL),  # no size a multiple of its tile
+        (40, 64, 32, "dialectfp4:32", Config(tile_m=64, stages=2, warpgroups=1)),  # less than one
+        (70, 72, 640, "sdq32:16", Config(tile_m=64, stages=2, promote=2)),  # 2 + 2 + 1 tiles of K
+        (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1, parts=2)),
+        (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
+    ],
+)
+def test_interpreted(rng, capfd, m, n, k, fmt, config):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.matmul import matmul
+
+    numbers = rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1)))
+    x = sdq.quantize(jnp.asarray(numbers, jnp.float32), fmt)
+    w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), fmt)
+    bias = jnp.asarray(rng.randn(n), jnp.float32)
+    rows, tiled = fp8_rows(x), tile_weight(w)
+    y = matmul(
+        jnp.pad(interleave(rows.values), ((0, 0), (0, -k % TILE_K))),
+        row_scales(rows.exponents, bad=1.0)[:, 0],
+        tiled,
+        row_scales(tiled.exponents, bad=jnp.nan),
+        jnp.pad(bias, (0, -n % TILE_N)),
+        activation=lambda y: y,
+        config=config,
+        out_dtype=jnp.float32,
+        num_sms=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )[:, :n]
+    expected = np.asarray(sdq.dequantize(x), np.float64) @ np.asarray(
+        sdq.dequantize(w), np.float64
+    ).T + np.asarray(bias, np.float64)
+    error = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
+    assert error < k**0.5 * 2**-24  # float32 sums of k exact products
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What the assembler says of each configuration, by its name."""
+    shape = {"m": 4096, "n": 5120, "k": 5120}
+    cases = {
+        "fast": shape,
+        "accurate": shape | {"mode": "accurate"},
+        "ragged": {"m": 1001, "n": 1001, "k": 1568, "format": "sdq32:32"},
+        "gelu": shape | {"activation": "gelu"},
+        "cluster": shape | {"cluster": 2},
+        "float32": shape | {"out_dtype": "float32"},
+        "few rows": {"m": 64, "n": 5120, "k": 5120},
+    }
+    folder = tmp_path_factory.mktemp("dumps")
+    return dict(zip(cases, deviceless.compiled(folder, list(cases.values())), strict=True))
+
+
+@pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
+def test_compiled_for_a_hopper_gpu(reports):
+    for name, report in reports.items():
+        assert report.spilled == 0, name
+        assert not report.serialized, name
+        assert report.shared_memory <= SHARED_MEMORY, name
+        if report.instructions:
+            assert {"QGMMA", "PRMT", "IDP", "UTMALDG", "UTMASTG"} <= report.instructions, name
+
+
+def test_bad_configurations_say_so():
+    with pytest.raises(ValueError, match="tile_m: expected a multiple of 16 up to 256, got 100"):
+        Config(tile_m=100)
+    with pytest.raises(ValueError, match="parts: 2 need promote = 1"):
+        Config(parts=2)
+    with pytest.raises(ValueError, match=r"stages: expected in \[2, 16\], got 1"):
+        Config(stages=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("m", [1, 64, 100, 32760])
+def test_the_heuristic_fits(mode, m):
+    config = heuristic(mode, m, out_bytes=4)
+    assert config.shared_memory(4) <= SHARED_MEMORY
+    assert config.stages >= 3 and config.tile_m < m + 64

@@ -1,0 +1,67 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdq
+from pallas_kernels.mosaic_gpu.decode import decoded
+from pallas_kernels.mosaic_gpu.operands import TILE_K, look_up_table, misfit, tile_weight
+from pallas_kernels.rows import interleave
+from sdq import formatbook, formats
+from sdq.codecs import Encoded
+from sdq.qtensor import pack
+
+FORMATS = ["sdq32:16", "sdq32:32", "sdq32:64", "dialectfp4:16", "e2m1:32"]
+
+
+def decode_all(tiled):
+    rows = tiled.words.shape[0]
+    table = jnp.asarray(look_up_table(tiled.format))
+    tiles = [
+        decoded(tiled.words[:, 16 * tile :][:, :16], metadata, table, halves=tiled.halves)
+        for tile, metadata in enumerate(tiled.metadata.reshape(-1, rows * tiled.halves))
+    ]
+    numbers = np.concatenate([np.asarray(tile).view(np.uint8) for tile in tiles], axis=1)
+    assert not numbers[tiled.count :].any()
+    return numbers[: tiled.count]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("k", [32, 128, 416])
+def test_decoding_gives_the_interleaved_numbers(rng, fmt, k):
+    q = sdq.quantize(jnp.asarray(rng.standard_t(3, (24, k)), jnp.float32), fmt)
+    values, exponents = sdq.to_fp8(q)
+    tiled = tile_weight(q)
+    filled = np.pad(np.asarray(values).view(np.uint8), ((0, 0), (0, -k % TILE_K)))
+    np.testing.assert_array_equal(decode_all(tiled), interleave(filled))
+    np.testing.assert_array_equal(tiled.exponents[:24], exponents[:, 0])
+
+
+def test_every_table_entry_and_code():
+    """All 256 metadata bytes with all 16 codes, bit for bit."""
+    codes = np.tile(np.arange(16, dtype=np.uint8), (256, 1)).reshape(256, 1, 16)
+    metadata = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    fmt = formats.parse("sdq32:16")
+    encoded = Encoded(
+        codes=jnp.asarray(codes), scales=jnp.asarray(metadata), outer=jnp.zeros((256, 1), jnp.int8)
+    )
+    q = pack(encoded, fmt=fmt, length=16, axis=-1, dtype=jnp.float32)
+    got = decode_all(tile_weight(q))[:, :TILE_K]
+    table = np.asarray(formatbook.fp8_table(formatbook.SDQ32)).view(np.uint8)
+    expected = np.concatenate([table, table | 0x80], axis=1)
+    order = interleave(np.arange(32))
+    np.testing.assert_array_equal(got[:, np.argsort(order)[:16]], expected)
+
+
+def test_the_bits_are_only_reordered(rng):
+    q = sdq.quantize(jnp.asarray(rng.randn(64, 256), jnp.float32), "sdq32:16")
+    tiled = tile_weight(q)
+    assert tiled.words.nbytes == q.codes.nbytes and tiled.metadata.nbytes == q.scales.nbytes
+    for part, other in ((tiled.words, q.codes), (tiled.metadata, q.scales)):
+        ones = [np.unpackbits(np.asarray(array).view(np.uint8)).sum() for array in (part, other)]
+        assert ones[0] == ones[1]
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4:32", "sdq32:8"])
+def test_what_does_not_fit_says_why(fmt):
+    assert fmt in (misfit(formats.parse(fmt)) or "")
+    assert misfit(formats.parse("sdq32:16")) is None
