@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import device, reference, xla_fp8
+from pallas_kernels import device, reference, tuning, xla_fp8
 from pallas_kernels.mosaic_gpu import operands
-from pallas_kernels.mosaic_gpu.config import MODES, Config, heuristic
+from pallas_kernels.mosaic_gpu.config import MODES, Config
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
 from sdq import QTensor
@@ -65,7 +65,14 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: {chosen} cannot do this: {reason}")
     out_dtype = np.dtype(out_dtype or x.dtype)
     if chosen == "mosaic_gpu":
-        config = config or heuristic(mode, math.prod(x.shape[:-1]), out_dtype.itemsize)
+        config = config or tuning.choose(
+            mode,
+            math.prod(x.shape[:-1]),
+            x.shape[-1],
+            rows_of(w),
+            device.current().kind,
+            out_dtype.itemsize,
+        )
         return _mosaic_gpu(x, w, bias, activation, out_dtype, config)
     if config is not None:
         raise ValueError(f"config: only mosaic_gpu has one, not {chosen}")

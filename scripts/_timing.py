@@ -23,3 +23,23 @@ def peak_bytes(compiled: Any) -> int:
     """XLA's own account of a compiled program: arguments, outputs and temporaries."""
     memory = compiled.memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.02) -> float:
+    """Median time of a call among many that are queued without waiting: what the device needs.
+
+    Args:
+      function: to call.
+      runs: queues.
+      at_least: seconds that a queue should take.
+    """
+    jax.block_until_ready(function())
+    once = median_seconds(function, 3)
+    calls = max(3, int(at_least / once))
+
+    def queue() -> Any:
+        for _ in range(calls - 1):
+            function()
+        return function()
+
+    return median_seconds(queue, runs) / calls

@@ -1,5 +1,7 @@
 """Strict JAX for every test: no silent promotion, several CPU devices, repeatable hypothesis.
 
+`JAX_PLATFORMS=cuda` runs them on a GPU, where some have more to do.
+
 Programs are compiled with fewer optimisations (a quarter of the time), but with `--slow` as users
 compile them.
 """
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -73,21 +73,21 @@ SHARED_MEMORY = 232448  # bytes of a Hopper block
 MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}
 
 
+FEW = 64  # rows of x with which a product only reads weights
+
+
 def heuristic(mode: str, m: int, out_bytes: int = 2) -> Config:
     """For m rows of x that nobody has tuned."""
     config = MODES[mode]
+    if m <= FEW:  # many blocks with many small slots, so that the memory is always busy
+        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1, "parts": 1}
+        return fitted(dataclasses.replace(config, **few), out_bytes, most=12)
     if m <= config.tile_m - 64:
         config = dataclasses.replace(config, tile_m=-(-m // 64) * 64, parts=1)
     return fitted(config, out_bytes)
 
 
-def fitted(config: Config, out_bytes: int) -> Config:
-    """With as many slots as there is room for, up to six."""
-    stages = next(
-        n for n in range(6, 1, -1) if _fits(dataclasses.replace(config, stages=n), out_bytes)
-    )
-    return dataclasses.replace(config, stages=stages)
-
-
-def _fits(config: Config, out_bytes: int) -> bool:
-    return config.shared_memory(out_bytes) <= SHARED_MEMORY
+def fitted(config: Config, out_bytes: int, most: int = 6) -> Config:
+    """With as many slots as there is room for."""
+    tried = (dataclasses.replace(config, stages=stages) for stages in range(most, 1, -1))
+    return next(one for one in tried if one.shared_memory(out_bytes) <= SHARED_MEMORY)

@@ -109,7 +109,9 @@ def compile_matmul(
     )
 
     out_bytes = np.dtype(out_dtype).itemsize
-    config = fitted(dataclasses.replace(heuristic(mode, m, out_bytes), **changes), out_bytes)
+    config = heuristic(mode, m, out_bytes)
+    if changes:
+        config = fitted(dataclasses.replace(config, **changes), out_bytes)
 
     def product(x: Any, w: Any, bias: Any) -> jax.Array:
         return quantized_matmul(

@@ -1,0 +1,44 @@
+"""Which Config a product gets: one that was measured, else what the heuristic says."""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import re
+from typing import Any
+
+from pallas_kernels.mosaic_gpu.config import Config, fitted, heuristic
+
+REACH = 2.0  # a measured m speaks for others up to so many times larger or smaller
+
+
+def choose(mode: str, m: int, k: int, n: int, device: str, out_bytes: int = 2) -> Config:
+    """The Config for x `[m, k]` and w `[n, k]` on a device of that kind."""
+    measured = [
+        entry
+        for entry in table(device)
+        if (entry["mode"], entry["k"], entry["n"]) == (mode, k, n)
+        and max(entry["m"], m) <= REACH * min(entry["m"], m)
+    ]
+    if not measured:
+        return heuristic(mode, m, out_bytes)
+    nearest = min(measured, key=lambda entry: max(entry["m"], m) / min(entry["m"], m))
+    config = Config(**nearest["config"])
+    return config if out_bytes <= 2 else fitted(config, out_bytes)
+
+
+@functools.cache
+def table(device: str) -> list[dict[str, Any]]:
+    """What `scripts.tune` found on a device; empty if it never ran there."""
+    file = importlib.resources.files("pallas_kernels") / "tuned" / file_name(device)
+    return json.loads(file.read_text())["entries"] if file.is_file() else []
+
+
+def file_name(device: str) -> str:
+    """Of the table of a device."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()) + ".json"
+
+
+def as_entry(mode: str, m: int, k: int, n: int, config: Config) -> dict[str, Any]:
+    """A row of a table."""
+    return {"mode": mode, "m": m, "k": k, "n": n, "config": dataclasses.asdict(config)}

@@ -1,0 +1,237 @@
+"""The 4-bit matmul on a Hopper GPU: speed against XLA's bf16 and fp8 products, and error.
+
+    python -m scripts.bench_matmul --out docs/results
+
+Run `scripts.tune` first. All of a row is timed in one process, back to back; ratios are against
+XLA's bf16 product of the same sizes. Errors are relative to float64 on the same quantised operands,
+with float32 results. Set XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sdq
+from pallas_kernels import device, quantized_matmul, xla_fp8
+from pallas_kernels.mosaic_gpu.operands import tile_weight
+from pallas_kernels.rows import Fp8Rows, fp8_rows
+from pallas_kernels.workloads import LINEARS, Linear
+from scripts import _results as results
+from scripts._timing import back_to_back_seconds
+
+FORMAT = "sdq32:16"
+MODES = ("fast", "accurate")
+ERROR_SIZES = ((512, 5120, 1024), (512, 13824, 1024))  # m, k, n
+ROWS = 64  # of each error that float64 computes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """One workload.
+
+    Attributes:
+      linear: which.
+      bf16_ms: milliseconds of XLA's bf16 product.
+      ratios: times faster, by name.
+      least_ms: what its 4-bit weights, fp8 rows and bf16 results need at the bandwidth of a copy.
+    """
+
+    linear: str
+    bf16_ms: float
+    bf16_tflops: float
+    ratios: dict[str, float]
+    least_ms: float
+
+
+def operands(linear: Linear) -> tuple[Fp8Rows, sdq.QTensor]:
+    """Random numbers, quantised."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (linear.m, linear.k), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (linear.n, linear.k), jnp.bfloat16)
+    quantize = jax.jit(functools.partial(sdq.quantize, fmt=FORMAT, select="two_stage"))
+    return jax.jit(fp8_rows)(quantize(x)), quantize(w)
+
+
+def speed(linear: Linear, bytes_per_second: float) -> Speed:
+    """Time one workload in every way."""
+    x, w = operands(linear)
+    interleaved = dataclasses.replace(x, interleaved=True)  # any order of channels will do here
+    tiled = jax.jit(tile_weight)(w)
+    dense, kernel = x.values.astype(jnp.bfloat16), sdq.to_fp8(w)[0]
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
+        )
+
+    timed: dict[str, Callable[[], Any]] = {
+        "XLA bf16": functools.partial(jax.jit(product), dense, kernel.astype(jnp.bfloat16)),
+        "XLA fp8": functools.partial(jax.jit(product), x.values, kernel),
+    }
+    for mode in MODES:
+        ours = functools.partial(quantized_matmul, implementation="mosaic_gpu", mode=mode)
+        timed[mode] = functools.partial(jax.jit(ours), interleaved, tiled)
+    seconds = {name: back_to_back_seconds(run) for name, run in timed.items()}
+    if (torch := torch_seconds(linear)) is not None:
+        seconds["PyTorch fp8"] = torch
+    base = seconds.pop("XLA bf16")
+    moved = tiled.words.nbytes + tiled.metadata.nbytes + x.values.nbytes + 2 * linear.m * linear.n
+    return Speed(
+        linear=str(linear),
+        bf16_ms=1e3 * base,
+        bf16_tflops=linear.operations / base / 1e12,
+        ratios={name: base / value for name, value in seconds.items()},
+        least_ms=1e3 * moved / bytes_per_second,
+    )
+
+
+def torch_seconds(linear: Linear) -> float | None:
+    """PyTorch's row-wise scaled fp8 product; None without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    x = torch.randn(linear.m, linear.k, device="cuda").to(torch.float8_e4m3fn)
+    w = torch.randn(linear.n, linear.k, device="cuda").to(torch.float8_e4m3fn)
+    scales = [torch.ones(size, device="cuda") for size in ((linear.m, 1), (1, linear.n))]
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(20)] for _ in range(2))
+    for start, end in zip(starts, ends, strict=True):
+        start.record()
+        torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        end.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+    return 1e-3 * float(np.median(times[5:]))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    x = jnp.ones((1 << 28,), jnp.bfloat16)
+    seconds = back_to_back_seconds(functools.partial(jax.jit(lambda x: x + 1), x))
+    return 2 * x.nbytes / seconds
+
+
+def error_cases(m: int, k: int, n: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Operands `[m, k]` and `[n, k]` by description."""
+    rng = np.random.RandomState(0)
+    x, w = rng.randn(m, k), rng.randn(n, k)
+    gelu = np.asarray(jax.nn.gelu(jnp.asarray(x, jnp.float32)), np.float64)
+    huge = np.where(np.arange(m)[:, None] == 3, x * 2.0**100, x)
+    half = k // 2
+    return {
+        "signed": (x, w),
+        "x >= 0": (abs(x), w),
+        "GELU outputs": (gelu, w),
+        "x, w >= 0": (abs(x), abs(w)),
+        "one huge row": (huge, w),
+        "sums that cancel": (
+            np.concatenate([abs(x[:, :half]), abs(x[:, :half])], axis=1),
+            np.concatenate([abs(w[:, :half]), -abs(w[:, :half])], axis=1),
+        ),
+    }
+
+
+def errors(m: int, k: int, n: int) -> dict[str, dict[str, float]]:
+    """Relative errors by description and implementation.
+
+    Cancelling sums are compared with the sums of magnitudes: nothing is left of the sums.
+    """
+    found = {}
+    for name, (x, w) in error_cases(m, k, n).items():
+        q, kernel = (sdq.quantize(jnp.asarray(part, jnp.float32), FORMAT) for part in (x, w))
+        rows, tiled = fp8_rows(q), tile_weight(kernel)
+        numbers, columns = (np.asarray(sdq.dequantize(part), np.float64) for part in (q, kernel))
+        exact = numbers[:ROWS] @ columns.T
+        size = np.linalg.norm(exact)
+        if name == "sums that cancel":
+            size = np.linalg.norm(abs(numbers[:ROWS]) @ abs(columns.T))
+        ways: dict[str, jax.Array] = {
+            mode: quantized_matmul(q, tiled, implementation="mosaic_gpu", mode=mode)
+            for mode in MODES
+        }
+        ways["XLA fp8"] = jax.jit(lambda x, w: xla_fp8.matmul(x, w, None, None, "float32"))(
+            rows, kernel
+        )
+        ways["XLA bf16"] = jnp.matmul(
+            jnp.asarray(numbers, jnp.bfloat16),
+            jnp.asarray(columns.T, jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        )
+        found[name] = {
+            way: float(np.linalg.norm(np.asarray(y, np.float64)[:ROWS] - exact) / size)
+            for way, y in ways.items()
+        }
+    return found
+
+
+def to_markdown(
+    speeds: list[Speed], wrong: dict[str, dict[str, dict[str, float]]], where: dict[str, str]
+) -> str:
+    """The page that goes into docs/results."""
+    names = list(dict.fromkeys(name for row in speeds for name in row.ratios))
+    lines = [
+        "",
+        "| linear | XLA bf16, ms | TFLOP/s | " + " | ".join(names) + " | least, ms |",
+        "|---|" + "---|" * (len(names) + 3),
+    ]
+    for row in speeds:
+        ratios = (f"{row.ratios[name]:.2f}x" if name in row.ratios else "" for name in names)
+        lines.append(
+            f"| {row.linear} | {row.bf16_ms:.3f} | {row.bf16_tflops:.0f} | {' | '.join(ratios)} | "
+            f"{row.least_ms:.3f} |"
+        )
+    for size, cases in wrong.items():
+        ways = list(next(iter(cases.values())))
+        lines += ["", f"## Relative error, {size}", "", "| operands | " + " | ".join(ways) + " |"]
+        lines.append("|---|" + "---|" * len(ways))
+        for case, of in cases.items():
+            lines.append(f"| {case} | " + " | ".join(f"{of[way]:.1e}" for way in ways) + " |")
+    return results.page(
+        "The 4-bit matmul",
+        where,
+        f"`{FORMAT}` weights, fp8 rows, bf16 results. Ratios: times faster than XLA's bf16 "
+        "product; XLA's and PyTorch's fp8 products read 8-bit weights. Least: the bytes that must "
+        "move, at the speed of a copy.",
+        *lines,
+    )
+
+
+def main() -> None:
+    """Measure and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    args = parser.parse_args()
+    if not device.current().is_hopper:
+        parser.error(f"needs a Hopper GPU, not {device.current().kind}")
+    bandwidth = copy_bandwidth()
+    where = results.environment("bench_matmul", copy=f"{bandwidth / 1e12:.2f} TB/s")
+    speeds: list[Speed] = []
+    wrong = {f"M = {m}, K = {k}, N = {n}": errors(m, k, n) for m, k, n in ERROR_SIZES}
+    for linear in LINEARS:
+        if args.only in str(linear):
+            speeds.append(speed(linear, bandwidth))
+            print(json.dumps(dataclasses.asdict(speeds[-1])), flush=True)
+    page = to_markdown(speeds, wrong, where)
+    print(page)
+    if args.out:
+        document = {
+            "environment": where,
+            "speed": [dataclasses.asdict(row) for row in speeds],
+            "error": wrong,
+        }
+        results.write(args.out, "matmul_hopper", page, document)
+
+
+if __name__ == "__main__":
+    main()

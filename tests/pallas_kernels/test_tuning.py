@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY, Config, heuristic
+from pallas_kernels.workloads import LINEARS
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A table with two rows."""
+    rows = [
+        tuning.as_entry("fast", 4096, 1024, 512, Config(tile_m=128)),
+        tuning.as_entry("fast", 32768, 1024, 512, Config(tile_m=192, stages=5)),
+    ]
+    monkeypatch.setattr(tuning, "table", lambda device: json.loads(json.dumps(rows)))
+
+
+def test_the_nearest_that_was_measured(measured):
+    assert tuning.choose("fast", 5000, 1024, 512, "a GPU") == Config(tile_m=128)
+    assert tuning.choose("fast", 30000, 1024, 512, "a GPU").tile_m == 192
+
+
+@pytest.mark.parametrize(
+    "mode, m, k, n", [("accurate", 4096, 1024, 512), ("fast", 64, 1024, 512), ("fast", 4096, 8, 8)]
+)
+def test_nothing_like_it_was_measured(measured, mode, m, k, n):
+    assert tuning.choose(mode, m, k, n, "a GPU") == heuristic(mode, m)
+
+
+def test_wide_results_still_fit(measured):
+    config = tuning.choose("fast", 32768, 1024, 512, "a GPU", out_bytes=4)
+    assert config.tile_m == 192 and config.shared_memory(4) <= SHARED_MEMORY
+
+
+def test_a_device_without_a_table():
+    assert tuning.table("a GPU that nobody has") == []
+    assert tuning.file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
+
+
+def test_workloads_have_names_of_their_own():
+    assert len({str(linear) for linear in LINEARS}) == len(LINEARS)
+    assert all(linear.operations == 2 * linear.m * linear.k * linear.n for linear in LINEARS)
