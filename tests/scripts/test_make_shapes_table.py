@@ -114,6 +114,42 @@ def test_committed_results_are_of_the_bundled_weights_and_good_enough():
     assert lost >= 0.04 or fine["psnr_db"]["mean"] - coarse["psnr_db"]["mean"] >= 6
 
 
+def committed(name):
+    """Results of a table on the bundled weights, three seeds of at least 512 captions."""
+    document = json.loads((ROOT / f"docs/results/shapes_{name}.json").read_text())
+    made = document["conditions"]
+    assert made["checkpoint"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert made["prompts"] >= 512 and made["seeds"] == 3
+    return document["results"]
+
+
+def test_committed_recipes_keep_what_the_format_promises():
+    """Decibels of SQNR and PSNR gained, prompt by prompt; each claim beyond two standard errors."""
+    results = committed("recipes")
+    assert set(results) == {KEEP, FLOOR, *TABLES["recipes"].recipes}
+
+    def gained(name, over, measure="sqnr_db"):
+        """Against nvfp4 both are known prompt by prompt; their errors add up at worst."""
+        one, other = (results[recipe]["against"][measure] for recipe in (name, over))
+        return one["mean"] - other["mean"] - 2 * (one["error"] + other["error"])
+
+    assert gained("plain", "nvfp4") >= 1.0
+    assert gained("plain", "mxfp4") >= 2.5
+    assert gained("plain", "blockdialect") >= 0.8
+    assert results["semanticdialect"]["extra_work"] <= 0.12
+    assert gained("semanticdialect", "nvfp4") >= 2.5
+    assert gained("semanticdialect", "nvfp4", "psnr_db") >= 2.0
+    assert results["semanticdialect"]["change"]["all"]["mean"] >= -0.01
+
+
+def test_committed_parts_say_that_sharing_is_almost_free():
+    results = committed("ablation")
+    alone, shared = results["format + feedback + decomposition"], results["semanticdialect"]
+    ratio = shared["inconsistency"]["mean"] / alone["inconsistency"]["mean"]
+    assert ratio <= 0.8
+    assert alone["against"]["psnr_db, high motion"]["mean"] <= 0.1
+
+
 def test_an_unknown_table_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "colours")
