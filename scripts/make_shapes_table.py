@@ -2,8 +2,9 @@
 
     python -m scripts.make_shapes_table formats recipes ablation --out docs/results
 
-Minutes on a GPU, hours on a CPU. Rows that are already in the results file, measured on the same
-captions, device and versions, are not measured again: an interrupted run goes on where it stopped.
+Minutes on a GPU, hours on a CPU. Rows that are already in the results file, of the same recipe on
+the same captions, device and versions, are not measured again: an interrupted run goes on where it
+stopped.
 """
 
 import argparse
@@ -129,21 +130,27 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 ALONE = ("right %", "flicker", "along the motion")  # what bf16 has without a comparison
 
 
-def _known(path: pathlib.Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of an earlier run under the same conditions."""
+def _known(path: pathlib.Path, table: Table, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run under the same conditions, of recipes that are still the same."""
     before = json.loads(path.read_text()) if path.exists() else {}
-    return before["results"] if before.get("conditions") == conditions else {}
+    if any(before.get(key) != about[key] for key in ("conditions", "against")):
+        return {}
+    now = {KEEP: None, FLOOR: None} | {name: repr(one) for name, one in table.recipes.items()}
+    rows = before["results"].items()
+    return {name: row for name, row in rows if name in now and row.get("recipe") == now[name]}
 
 
 def measure(table: Table, task: Task, out: pathlib.Path, workers: int = 1) -> None:
     """Measure what is missing and write the page, its JSON and its picture."""
     names = [KEEP, FLOOR, *table.recipes]
     with _workers.workers(workers) as each:
-        document = next(iter(each(_about, [task])))
-        measured = _known(out / f"{table.stem}.json", document["conditions"])
+        document = next(iter(each(functools.partial(_about, task), [table.against])))
+        measured = _known(out / f"{table.stem}.json", table, document)
         missing = [recipe for name, recipe in table.recipes.items() if name not in measured]
         parts = [missing[first : first + AT_ONCE] for first in range(0, len(missing), AT_ONCE)]
         for found in each(functools.partial(_evaluated, task, table.against), parts):
+            for name in found.keys() & table.recipes.keys():
+                found[name]["recipe"] = repr(table.recipes[name])
             measured = found | measured  # what is known stays
             document["results"] = {name: measured[name] for name in names if name in measured}
             results.write(out, table.stem, to_markdown(table, document), document)
@@ -152,10 +159,11 @@ def measure(table: Table, task: Task, out: pathlib.Path, workers: int = 1) -> No
     print((out / f"{table.stem}.md").read_text())
 
 
-def _about(task: Task) -> dict[str, Any]:
+def _about(task: Task, against: Recipe | None) -> dict[str, Any]:
     return {
         "environment": results.environment("make_shapes_table"),
         "conditions": conditions(Settings(), task),
+        "against": None if against is None else repr(against),
     }
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.common.quantizer import Input, SiteRule, first_match
 from models.common.semantic import SemanticDialect
-from sdq import formatbook, formats, select
+from sdq import formatbook, formats, seda, select
 from sdq.codecs import dialect
 from sdq.numerics import largest_magnitude
 from sdq.quantize import blocked
@@ -95,7 +95,8 @@ class Observed:
         if site in sums and rule is not None and rule.format is not None:
             allowed = None
             if isinstance(self.base, SemanticDialect):
-                allowed = self.base.allowed(site, state.base)
+                books = self.base.sub_formatbooks(site, state.base)
+                allowed = None if books is None else seda.allowed(*books)
             found = differences(rule.turned(x), rule, allowed, state.pairs, self.kinds)
             sums = {**sums, site: sums[site] + found}
         return dataclasses.replace(state, base=self.base.saw_input(x, site, state.base), sums=sums)

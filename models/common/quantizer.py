@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
-from sdq import QTensor, fake_quantize, formats
-from sdq.decompose import Decomposed
+from sdq import QTensor, fake_quantize, formats, seda
+from sdq.decompose import Decomposed, residual
 from sdq.rotate import hadamard, largest_group
 from sdq.rules import check_pattern
 
@@ -116,20 +116,62 @@ class SiteRule:
         return fake_quantize(x, self.format, select=self.rule, allowed=allowed)
 
 
+class Rounding(Protocol):
+    """How inputs are rounded: in plain jnp, or by a kernel. Compared by value, like a function."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rule: SiteRule,
+        sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
+        tokens: jax.Array | None = None,
+    ) -> tuple[Input, Input | None]:
+        """Round a turned x, and what is left over of some tokens.
+
+        Args:
+          x: `[..., K]`; `[B, S, K]` with sub-formatbooks or tokens.
+          rule: with a format.
+          sub_formatbooks: of `seda.sub_formatbooks`, and the group of each token.
+          tokens: of which the residual is wanted, int32 `[B, n]`.
+        Returns:
+          Q(x), and Q(x - Q(x)) of the tokens or None, as the model's matmul reads them.
+        """
+        ...
+
+
+def plain_rounding(
+    x: jax.Array,
+    rule: SiteRule,
+    sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
+    tokens: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A Rounding in jnp: everything as the numbers that it becomes."""
+    base = rule.rounded(x, None if sub_formatbooks is None else seda.allowed(*sub_formatbooks))
+    if tokens is None:
+        return base, None
+    assert rule.format is not None
+    return base, residual(x, base, tokens, rule.format, rule.rule)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class InputQuantizer(Keep):
-    """Rounds inputs: the first rule that matches wins, a site without rule is kept.
+    """Rounds inputs along their last axis.
 
-    Values are quantised along the last axis and returned as the numbers that they became.
+    Attributes:
+      rules: the first that matches wins, a site without rule is kept.
+      rounding: how.
     """
 
     rules: tuple[SiteRule, ...]
+    rounding: Rounding = plain_rounding
 
     def quantize(self, x: jax.Array, site: str, state: Any) -> Input:
         """x `[..., K]`, rounded to the format of its site."""
         del state
         rule = first_match(self.rules, site)
-        return x if rule is None else rule.rounded(rule.turned(x))
+        if rule is None or rule.format is None:
+            return x if rule is None else rule.turned(x)
+        return self.rounding(rule.turned(x), rule)[0]
 
 
 def first_match(rules: Sequence[SiteRule], site: str) -> SiteRule | None:

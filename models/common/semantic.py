@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.quantizer import Input, SiteRule, first_match
+from models.common.quantizer import Input, Rounding, SiteRule, first_match, plain_rounding
 from sdq import formats, saliency, seda
-from sdq.decompose import decompose
+from sdq.decompose import Decomposed
 from sdq.qtensor import blocks_of
 
 SALIENCY = ("cross", "self", "error")
@@ -116,6 +116,7 @@ class SemanticDialect:
       saliency: "cross": how distinct a token's cross-attention is; "self": attention received;
         "error": what quantising left over, at each site and step.
       stride: "self" asks every stride-th query.
+      rounding: how inputs are rounded.
       refresh_every: steps between two that learn; 0 learns once. Step 0 looks and step 1 learns,
         then every so many steps one learns and the one before it looks.
 
@@ -132,6 +133,7 @@ class SemanticDialect:
     saliency: str = "cross"
     stride: int = 8
     refresh_every: int = 6
+    rounding: Rounding = plain_rounding
 
     def __post_init__(self):
         if self.saliency not in SALIENCY:
@@ -239,23 +241,29 @@ class SemanticDialect:
         if rule is None:
             return x
         x = rule.turned(x)
-        base = rule.rounded(x, self.allowed(site, state))
-        if rule.format is None or state is None or site not in state.active:
-            return base
+        if rule.format is None:
+            return x
+        books = self.sub_formatbooks(site, state)
+        if state is None or site not in state.active:
+            return self.rounding(x, rule, books)[0]
         assert self.decomposition is not None
         tokens = state.salient[:, : self.decomposition.tokens]
         if self.saliency == "error":
+            base = rule.rounded(x, None if books is None else seda.allowed(*books))
             left = jnp.sum(jnp.square(x.astype(jnp.float32) - base.astype(jnp.float32)), axis=-1)
             tokens = saliency.most_salient(left, self.decomposition.tokens)
-        return decompose(x, base, tokens, state.active[site], rule.format, rule.rule)
+        rounded, residual = self.rounding(x, rule, books, tokens)
+        active = state.active[site]
+        return Decomposed(base=rounded, residual=residual, tokens=tokens, active=active)
 
-    def allowed(self, site: str, state: State | None) -> jax.Array | None:
-        """Each token's sub-formatbooks at a site, uint8 `[B, S, G, 8]`; None: all is allowed."""
+    def sub_formatbooks(self, site: str, state: State | None) -> tuple[jax.Array, jax.Array] | None:
+        """Those of a site's groups, and the group of each token; None: all is allowed."""
         if state is None or site not in state.books:
             return None
-        shared = seda.allowed(state.books[site], state.group)
+        books = state.books[site]
+        alone = books.shape[1] - 1  # allows everything
         free = state.learn | ~state.shares[site]
-        return jnp.where(free, jnp.uint8(15), shared)
+        return books, jnp.where(free, alone, state.group)
 
     def saw_input(self, x: jax.Array, site: str, state: State | None) -> State | None:
         """Sub-formatbooks for this site's groups, on a step that learns."""

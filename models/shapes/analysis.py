@@ -17,7 +17,7 @@ from models.common.progress import step_bar
 from models.common.recipes import Recipe
 from models.common.scan import Proposal
 from models.common.scan_plot import heat_map
-from models.shapes import scan
+from models.shapes import recipe, scan
 from models.shapes.generate import Settings
 from models.shapes.params import WEIGHTS, load
 from sdq.manifest import to_json_number
@@ -49,8 +49,6 @@ class Task:
                 raise ValueError(f"{name}: expected a number from 1 up, got {getattr(self, name)}")
         if not self.recipe.inputs:
             raise ValueError(f"recipe {self.recipe.name!r} quantises no inputs: nothing to analyze")
-        if self.recipe.smooth is not None:
-            raise ValueError(f"recipe {self.recipe.name!r} smooths inputs: not analyzed yet")
         if not self.recipe.extra_work:
             raise ValueError(
                 f"recipe {self.recipe.name!r} has no budget for decomposition (extra_work)"
@@ -80,6 +78,7 @@ def analyze(task: Task) -> Analysis:
         seen = scan.watch(
             params, task.settings, captions=task.captions, seed=task.seed, on_step=step_done
         )
+        params = recipe.smoothed(params, seen, task.recipe.smooth, task.settings.dtype)
         noise = scan.noise(
             params,
             seen,

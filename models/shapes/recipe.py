@@ -46,10 +46,7 @@ def apply(
             "scan", steps + (min(LOOKS, steps) if recipe.needs_noise else 0)
         ) as step_done:
             seen = scan.watch(params, settings, on_step=step_done)
-            if recipe.smooth is not None:
-                found = scan.statistics(params, seen, settings.dtype)
-                largest = {site: of.largest for site, of in found.items()}
-                params = params | {"dit": smooth(params["dit"], largest, recipe.smooth)}
+            params = smoothed(params, seen, recipe.smooth, settings.dtype)
             if recipe.needs_noise:
                 options = {"dtype": settings.dtype, "on_step": step_done}
                 noise = scan.noise(params, seen.thinned(LOOKS), recipe.inputs, **options)
@@ -80,6 +77,15 @@ def apply(
     if recipe.attention is not None:
         ops = dataclasses.replace(ops, attention=QuantizedAttention(recipe.attention))
     return quantised, dataclasses.replace(settings, ops=ops)
+
+
+def smoothed(params: Any, seen: scan.Seen, alpha: float | None, dtype: Any) -> Any:
+    """The same function, part of its inputs' range moved into the weights; None moves nothing."""
+    if alpha is None:
+        return params
+    found = scan.statistics(params, seen, dtype)
+    largest = {site: of.largest for site, of in found.items()}
+    return params | {"dit": smooth(params["dit"], largest, alpha)}
 
 
 def added_work(params: Any, settings: Settings) -> float:

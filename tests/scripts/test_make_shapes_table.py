@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -86,6 +87,22 @@ def test_an_interrupted_run_goes_on(measured, tmp_path):
     again, same = run(tmp_path)
     assert measured == lost and list(again["results"]) == list(run(tmp_path)[0]["results"])
     assert same == page
+
+
+def test_a_recipe_that_changed_is_measured_again(measured, tmp_path, monkeypatch):
+    table = TABLES["recipes"]
+    run(tmp_path, "recipes")
+    measured.clear()
+    changed = [dataclasses.replace(one, smooth=0.25) for one in table.recipes.values()][:1]
+    groups = {"": (*changed, *list(table.recipes.values())[1:])}
+    monkeypatch.setitem(TABLES, "recipes", dataclasses.replace(table, groups=groups))
+    run(tmp_path, "recipes")
+    assert measured == [changed[0].name]
+    measured.clear()
+    other = dataclasses.replace(TABLES["recipes"], against=RECIPES["mxfp4"])
+    monkeypatch.setitem(TABLES, "recipes", other)
+    run(tmp_path, "recipes")
+    assert set(measured) == set(table.recipes)
 
 
 def test_results_under_other_conditions_are_not_mixed(measured, tmp_path, monkeypatch):

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 
 from sdq import dequantize, fake_quantize, quantize, sqnr_db
-from sdq.decompose import decompose, multiply
+from sdq.decompose import Decomposed, multiply, residual
 
 FORMAT = "sdq32:16"
+
+
+def decompose(x, base, tokens):
+    left = residual(x, base, tokens, FORMAT, "two_stage")
+    return Decomposed(base=base, residual=left, tokens=tokens, active=jnp.array(True))
 
 
 @pytest.fixture
@@ -16,7 +21,7 @@ def made():
     x = jax.random.normal(keys[0], (2, 20, 64))
     tokens = jnp.array([[3, 7, 19], [0, 1, 2]], jnp.int32)
     base = fake_quantize(x, FORMAT, select="two_stage")
-    x_both = decompose(x, base, tokens, jnp.array(True), FORMAT, "two_stage")
+    x_both = decompose(x, base, tokens)
     return x, x_both, jax.random.normal(keys[1], (64, 24))
 
 
@@ -61,13 +66,13 @@ def test_inactive_costs_and_changes_nothing(made):
         return part @ kernel
 
     multiply(x_both, counted)
-    assert sorted(rows) == [20, 23]  # two branches, traced once each; only one runs
+    assert sorted(rows) == [3, 20]  # the three in a branch that runs only where active
 
 
 def test_bfloat16_holds_both_terms_exactly():
     x = jax.random.normal(jax.random.key(1), (1, 8, 32), jnp.bfloat16)
     base = fake_quantize(x, FORMAT, select="two_stage")
-    both = decompose(x, base, jnp.array([[1, 2]]), jnp.array(True), FORMAT, "two_stage")
+    both = decompose(x, base, jnp.array([[1, 2]]))
     left = (x.astype(jnp.float32) - base.astype(jnp.float32))[:, 1:3]
     want = fake_quantize(left, FORMAT, select="two_stage")
     assert both.residual.dtype == jnp.bfloat16

@@ -30,7 +30,6 @@ def test_it_writes_numbers_a_plan_and_a_picture(tmp_path, capsys):
     [
         (["--recipe", "plain"], "no budget for decomposition"),
         (["--recipe", "w4a16", "--budget", "0.1"], "quantises no inputs"),
-        (["--recipe", "smoothquant", "--budget", "0.1"], "smooths inputs"),
         (["--probes", "0"], "probes: expected a number from 1 up, got 0"),
         (["--budget", "-1"], "extra_work: expected a share from 0 up"),
         (["--model", "wan"], "unknown model"),
