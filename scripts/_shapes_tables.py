@@ -51,7 +51,6 @@ def _shared(name: str, **changes) -> Recipe:
 
 
 PLAIN = RECIPES["plain"]
-FEEDBACK = rounding(SDQ, SDQ, name="format + feedback", feedback=True)
 
 COMMON = (
     "Right: videos in which the detectors find everything that the caption says; lost: points "
@@ -103,14 +102,19 @@ ABLATION = Table(
     "semanticdialect, prompt by prompt; PSNR also where things stay, grow or shrink (low motion) "
     "and where they travel (high).",
     groups={
-        "Parts": (
+        "One part alone": (
             PLAIN,
-            FEEDBACK,
-            _full("format + decomposition", feedback=False, sharing=None),
-            _full("format + SeDA", feedback=False, extra_work=0.0),
-            _full("format + feedback + decomposition", sharing=None),
-            _full("format + feedback + SeDA", extra_work=0.0),
+            rounding(SDQ, SDQ, name="smoothing", smooth=FULL.smooth),
+            rounding(SDQ, SDQ, name="feedback", feedback=True),
+            _full("decomposition", smooth=None, feedback=False, sharing=None),
+            _full("SeDA", smooth=None, feedback=False, extra_work=0.0),
+        ),
+        "All but one": (
             FULL,
+            _full("without smoothing", smooth=None),
+            _full("without feedback", feedback=False),
+            _full("without decomposition", extra_work=0.0),
+            _full("without SeDA", sharing=None),
         ),
         "The choice of dialects, blocks of 32": (
             rounding(SDQ, SDQ, name="lut", select="lut"),
@@ -122,12 +126,23 @@ ABLATION = Table(
         "What others gain from the same": (
             RECIPES["nvfp4"],
             rounding("nvfp4", "nvfp4", name="nvfp4 + feedback", feedback=True),
-            rounding(SDQ, SDQ, name="sdq32 + smooth", smooth=0.5),
+            rounding(
+                "nvfp4",
+                "nvfp4",
+                name="nvfp4 + smoothing + feedback",
+                smooth=FULL.smooth,
+                feedback=True,
+            ),
             Recipe(
                 name="sdq32 + hadamard",
                 weights=PLAIN.weights,
                 inputs=(SiteRule(INPUTS, SDQ, rotate=True),),
             ),
+        ),
+        "Smoothing": (
+            _full("alpha 0.3", smooth=0.3),
+            FULL,
+            _full("alpha 0.7", smooth=0.7),
         ),
         "Extra work": (
             *(_full(f"at most {share:.0%} extra work", extra_work=share) for share in (0.03, 0.06)),
@@ -142,7 +157,7 @@ ABLATION = Table(
             _full("40% of the tokens", salient=0.4),
         ),
         "SeDA: where": (
-            _full("no sharing", sharing=None),
+            _full("without SeDA", sharing=None),
             FULL,
             _shared("layers with 30% of the noise", noise=0.3),
             _shared("all layers", noise=1.0),
