@@ -121,11 +121,7 @@ def supports(
 
 
 def _mosaic_gpu_misfit(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> str | None:
-    if jax.__version_info__ < (0, 11):
-        return f"needs jax 0.11 or newer, this is {jax.__version__}"
-    if not (here := device.current()).is_hopper:
-        return f"needs a Hopper GPU, not {here.kind}"
-    if reason := _fp8_misfit(x):
+    if reason := device.without_mosaic_gpu() or _fp8_misfit(x):
         return reason
     if reason := operands.misfit(w.format):
         return f"w: {reason}"

@@ -50,6 +50,11 @@ class TiledWeight:
     length: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel of a linear: `[*lead, K, N]`."""
+        return (*self.words.shape[:-2], self.length, self.count)
+
+    @property
     def halves(self) -> int:
         """Words of metadata of a row and tile."""
         return halves_of(self.format)
