@@ -1,0 +1,166 @@
+"""The fused quantiser of activations on Hopper: bf16 rows to the fp8 rows that the matmul reads.
+
+One pass over memory: 2 bytes of an element are read, 1 is written. The result is that of
+`sdq.quantize(x, fmt, select="two_stage")` to the last bit, NaN and Inf included.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from sdq import formatbook
+from sdq.formats import Format
+
+from pallas_kernels.mosaic_gpu.operands import STEP, look_up_table
+from pallas_kernels.mosaic_gpu.quantiser_program import WARP, Config, Task, program
+from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
+
+
+class Rows(NamedTuple):
+    """Quantised rows, as the matmul reads them.
+
+    Attributes:
+      values: e4m3 `[M, K]`, interleaved (`operands.interleave`).
+      exponents: int8 `[M, 1]`: a row stands for values * 2^exponent.
+      metadata: a byte for each block, uint8 `[M, G]`, as in a QTensor's scales; or None.
+    """
+
+    values: jax.Array
+    exponents: jax.Array
+    metadata: jax.Array | None
+
+
+class SubFormatbooks(NamedTuple):
+    """What each row's blocks may choose from.
+
+    Attributes:
+      books: uint8 `[groups, 1 or G, 8]`: bit s of entry t says whether top t may take shape s; at
+        least one bit each.
+      group: of each row, int32 `[M]`, in 0..groups - 1.
+    """
+
+    books: jax.Array
+    group: jax.Array
+
+
+def misfit(fmt: Format, length: int) -> str | None:
+    """Why rows of `length` channels cannot be quantised so; None if they can."""
+    if fmt.family != "dialect":
+        return f"{fmt}: only dialect formats have e4m3 values"
+    if fmt.block not in (STEP // 2, STEP):
+        return f"{fmt}: blocks must be of 16 or 32"
+    if length <= 0 or length % STEP:
+        return f"K = {length}: must be a multiple of {STEP}"
+    if length > 1 << 16:
+        return f"K = {length}: a row must fit the registers of a thread block, up to {1 << 16}"
+    return None
+
+
+def default_config(length: int) -> Config:
+    """As many threads a row as leave each about 48 channels, the best measured on an H100."""
+    for threads, up_to in ((32, 2048), (64, 4096), (128, 16384), (256, 32768)):
+        if length <= up_to:
+            return Config(threads=threads)
+    return Config(threads=512)
+
+
+def quantise(
+    x: jax.Array,
+    fmt: Format,
+    *,
+    sub_formatbooks: SubFormatbooks | None = None,
+    metadata: bool = False,
+    config: Config | None = None,
+    num_sms: int,
+) -> Rows:
+    """Quantise rows; each block takes the top nearest to its maximum, then the best of its shapes.
+
+    Args:
+      x: bf16 `[M, K]`, K a multiple of 32.
+      fmt: a dialect format with blocks of 16 or 32.
+      sub_formatbooks: the choice of each row, for formats with more than one shape a top.
+      metadata: whether the blocks' bytes are wanted.
+      config: how; None for the default of this K.
+      num_sms: of the GPU.
+    Raises:
+      NotImplementedError: the kernel cannot do this format or K.
+    """
+    if x.ndim != 2 or x.dtype != jnp.bfloat16:
+        raise ValueError(f"x: expected bfloat16 [M, K], got {x.dtype}{list(x.shape)}")
+    rows, length = x.shape
+    if reason := misfit(fmt, length):
+        raise NotImplementedError(reason)
+    books = 0
+    if sub_formatbooks is not None:
+        _check_sub_formatbooks(sub_formatbooks, rows, length, fmt)
+        books = sub_formatbooks.books.shape[1]
+    task = Task(
+        rows=rows,
+        length=length,
+        format=fmt,
+        config=config or default_config(length),
+        metadata=metadata,
+        books=books,
+    )
+    out = [
+        jax.ShapeDtypeStruct((rows, length), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((rows, 1), jnp.int8),
+    ]
+    if metadata:
+        out.append(jax.ShapeDtypeStruct((rows, task.blocks), jnp.uint8))
+    if rows == 0:
+        return _rows([jnp.zeros(part.shape, part.dtype) for part in out])
+    inputs = [x, jnp.asarray(element_table(task.book)), jnp.asarray(look_up_table(fmt))]
+    if sub_formatbooks is not None:
+        inputs += list(sub_formatbooks)
+    call = plgpu.kernel(
+        lambda *refs, shared: _emit(task, (*refs, shared)),
+        out_type=tuple(out),
+        grid=(min(num_sms, -(-rows // task.rows_at_once)),),
+        grid_names=("block",),
+        num_threads=task.config.warps * WARP // 128,
+        thread_name="warpgroup",
+        scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return _rows(call(*inputs))
+
+
+def _rows(parts: Any) -> Rows:
+    return Rows(*parts) if len(parts) == 3 else Rows(*parts, None)
+
+
+def _emit(task: Task, refs: tuple[Any, ...]) -> None:
+    """The program, with the refs' addresses for its arguments."""
+    text = program(task)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+    def body(_, *refs):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        pointers = [utils.memref_ptr(ref) for ref in refs]
+        addresses = [llvm.ptrtoint(i64, pointer) for pointer in pointers[:-1]]
+        addresses.append(llvm.ptrtoint(i32, pointers[-1]))
+        constraints = "l," * (len(refs) - 1) + "r,~{memory}"
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, addresses, text, constraints, has_side_effects=True)
+
+    body(*refs)
+
+
+def _check_sub_formatbooks(sub: SubFormatbooks, rows: int, length: int, fmt: Format) -> None:
+    assert fmt.block is not None
+    blocks = length // fmt.block
+    if formatbook.BOOKS[fmt.book or ""].shapes == 1:
+        raise ValueError(f"sub_formatbooks: {fmt} has nothing to choose")
+    books, group = sub
+    fits = books.ndim == 3 and books.shape[1] in (1, blocks) and books.shape[2] == 8
+    if not fits or books.dtype != jnp.uint8:
+        raise ValueError(
+            f"books: expected uint8[groups, 1 or {blocks}, 8], got {books.dtype}{list(books.shape)}"
+        )
+    if group.shape != (rows,) or group.dtype != jnp.int32:
+        raise ValueError(f"group: expected int32[{rows}], got {group.dtype}{list(group.shape)}")
