@@ -19,6 +19,9 @@ from pallas_kernels.mosaic_gpu.operands import STEP, look_up_table
 from pallas_kernels.mosaic_gpu.quantiser_program import WARP, Config, Task, program
 from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
 
+# Threads of a row: the words of x that each may hold before more threads share the row.
+WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
+
 
 class Rows(NamedTuple):
     """Quantised rows, as the matmul reads them.
@@ -55,17 +58,23 @@ def misfit(fmt: Format, length: int) -> str | None:
         return f"{fmt}: blocks must be of 16 or 32"
     if length <= 0 or length % STEP:
         return f"K = {length}: must be a multiple of {STEP}"
-    if length > 1 << 16:
-        return f"K = {length}: a row must fit the registers of a thread block, up to {1 << 16}"
+    threads, most = max(WORDS_HELD.items())
+    if _words_held(length, fmt.block, threads) > most:
+        return f"K = {length}: does not fit the registers of a thread block"
     return None
 
 
-def default_config(length: int) -> Config:
-    """As many threads a row as leave each about 48 channels, the best measured on an H100."""
-    for threads, up_to in ((32, 2048), (64, 4096), (128, 16384), (256, 32768)):
-        if length <= up_to:
+def default_config(length: int, block: int) -> Config:
+    """The fewest threads a row that leave each few enough words; measured on an H100."""
+    for threads, most in WORDS_HELD.items():
+        if _words_held(length, block, threads) <= most:
             return Config(threads=threads)
-    return Config(threads=512)
+    raise ValueError(f"length: a thread block cannot hold {length} channels in registers")
+
+
+def _words_held(length: int, block: int, threads: int) -> int:
+    """Registers for x of a thread."""
+    return -(-length // (block * threads)) * block // 2
 
 
 def quantise(
@@ -102,7 +111,7 @@ def quantise(
         rows=rows,
         length=length,
         format=fmt,
-        config=config or default_config(length),
+        config=config or default_config(length, fmt.block or 0),
         metadata=metadata,
         books=books,
     )

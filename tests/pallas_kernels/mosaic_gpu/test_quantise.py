@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import sdq
-from pallas_kernels.mosaic_gpu import quantiser_program
+from pallas_kernels.mosaic_gpu import quantise, quantiser_program
 from pallas_kernels.mosaic_gpu.operands import interleave, look_up_table
+from pallas_kernels.mosaic_gpu.quantise import SubFormatbooks
 from pallas_kernels.mosaic_gpu.quantiser_program import WARP, Config, Task
-from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
-from sdq import formats
+from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
+from sdq import formatbook, formats
 
 from tests.pallas_kernels.mosaic_gpu import ptx_machine
 
@@ -92,3 +94,179 @@ def test_every_bit_is_sdqs(book, block, rng):
     task = task_of((33, 608), f"{book}:{block}")
     x = rows(33, 608, rng)
     check(run(x, task), expected(x, task.format))
+
+
+@pytest.mark.parametrize(
+    "length, fmt, config",
+    [
+        (32, "sdq32:16", {}),  # most lanes have nothing
+        (1024, "sdq32:16", {"exchange": False}),
+        (1120, "sdq32:16", {"exchange": False, "columns": 4}),
+        (1120, "sdq32:16", {"threads": 64, "columns": 1}),
+        (1056, "dialectfp4:16", {"threads": 128, "warps": 8, "columns": 8}),
+        (2080, "sdq32:16", {"threads": 128}),  # one warp of four has a second block
+        (3328, "sdq32:32", {"threads": 64, "columns": 2}),
+        (5152, "e2m1:16", {"threads": 256, "warps": 8}),
+    ],
+)
+def test_rows_of_any_length(length, fmt, config, rng):
+    task = task_of((17, length), fmt, **config)
+    x = rows(17, length, rng)
+    check(run(x, task, blocks=3), expected(x, task.format))
+
+
+def test_the_default_cut(rng):
+    config = quantise.default_config(1536, 16)
+    task = task_of((20, 1536), "sdq32:16", **dataclasses.asdict(config))
+    x = rows(20, 1536, rng)
+    check(run(x, task, blocks=1), expected(x, task.format))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_rows_than_a_block_takes(count, rng):
+    task = task_of((count, 64), "sdq32:32")
+    x = rows(16, 64, rng)[-count:]
+    check(run(x, task), expected(x, task.format))
+
+
+def test_metadata_is_optional(rng):
+    task = task_of((16, 96), "sdq32:16", metadata=False)
+    x = rows(16, 96, rng)
+    values, exponents, _ = expected(x, task.format)
+    check(run(x, task), [values, exponents])
+
+
+@pytest.mark.parametrize("fmt", ["sdq32:16", "sdq32:32", "dialectfp4:16"])
+@pytest.mark.parametrize("by_block", [False, True])
+def test_sub_formatbooks(fmt, by_block, rng):
+    x = rows(24, 1120, rng)
+    blocks = 1120 // formats.parse(fmt).block
+    task = task_of(x.shape, fmt, books=blocks if by_block else 1)
+    shapes = task.book.shapes
+    books = rng.randint(1, 1 << shapes, (5, task.books, 8)).astype(np.uint8)
+    books[0] |= 0xF0  # bits of no shape mean nothing
+    books[-1] = (1 << shapes) - 1
+    group = rng.randint(0, 5, 24).astype(np.int32)
+    check(run(x, task, books, group), expected(x, task.format, jnp.asarray(books[group])))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_warps_may_race(seed, rng):
+    """Rows of several warps, one after the other, in different interleavings."""
+    task = task_of((29, 1056), "sdq32:32", threads=64)
+    x = rows(29, 1056, rng)
+    check(run(x, task, blocks=1, seed=seed), expected(x, task.format))
+
+
+def test_the_machine_sees_a_race(rng, monkeypatch):
+    """Without two turns of maxima a fast warp would overwrite what a slow one still needs."""
+    task = task_of((29, 1056), "sdq32:32", threads=64)
+    text = quantiser_program.program(task)
+    racing = "\n".join(line for line in text.splitlines() if not line.startswith("xor.b32"))
+    assert racing != text
+    monkeypatch.setattr(quantiser_program, "program", lambda _: racing)
+    x = rows(29, 1056, rng)
+    want = expected(x, task.format)
+    seeds = range(4)
+    assert any(
+        (run(x, task, blocks=1, seed=seed)[1] != want[1]).any() for seed in seeds
+    )
+
+
+@pytest.mark.parametrize("name", formatbook.BOOKS)
+def test_element_table_holds_the_books_tables(name):
+    book = formatbook.BOOKS[name]
+    tops = [top - formatbook.FIRST_TOP for top in book.tops]
+    table = element_table(book)[:, 1:].astype(np.int64)
+    errors = formatbook.coarse_shape_errors(book)[tops]
+    index = formatbook.index_table(book).reshape(8, 4, -1)[tops]
+    packed = table[..., 0] + bias(book.shapes)
+    for shape in range(book.shapes):
+        np.testing.assert_array_equal((table[..., 1] >> 8 * shape) & 255, index[:, shape])
+        if shape:
+            field = (packed >> (10 * shape - 8)) & 1023
+            np.testing.assert_array_equal(field - 512, errors[..., shape])
+    np.testing.assert_array_equal(element_table(book)[:, 0], element_table(book)[:, 1])
+
+
+def test_default_cut_holds_every_row_in_registers():
+    assert [quantise.default_config(k, 16).threads for k in (1536, 5120, 8960, 13824)] == [
+        *(32, 128, 128, 128)
+    ]
+    for block in (16, 32):
+        for length in range(32, 28672, 32):
+            quantise.default_config(length, block)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"threads": 48}, "threads: expected a power of two, got 48"),
+        ({"threads": 16}, "threads: expected a divisor of 512"),
+        ({"threads": 1024}, "threads: expected a divisor of 512"),
+        ({"warps": 6}, "warps: expected a multiple of 4"),
+        ({"columns": 32}, "columns: expected at most 16"),
+        ({"threads": 64, "warps": 32}, "threads: at most 15 rows"),
+    ],
+)
+def test_impossible_cuts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def abstract(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def quantised(x, fmt="sdq32:16", **options):
+    """Lowered for an H100, where there is none."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+
+    def call(x, sub):
+        return quantise.quantise(
+            x, formats.parse(fmt), sub_formatbooks=sub, num_sms=132, **options
+        )
+
+    sub = options.pop("sub_formatbooks", None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(jax.jit(call), platforms=["cuda"])(x, sub)
+
+
+def test_lowers_for_a_gpu():
+    exported = quantised(abstract((100, 608)), metadata=True)
+    values, exponents, metadata = exported.out_avals
+    assert (values.shape, values.dtype) == ((100, 608), jnp.float8_e4m3fn)
+    assert (exponents.shape, exponents.dtype) == ((100, 1), jnp.int8)
+    assert (metadata.shape, metadata.dtype) == ((100, 38), jnp.uint8)
+    sub = SubFormatbooks(abstract((5, 1, 8), jnp.uint8), abstract((100,), jnp.int32))
+    assert len(quantised(abstract((100, 608)), sub_formatbooks=sub).out_avals) == 2
+
+
+def test_no_rows():
+    out = quantise.quantise(
+        jnp.zeros((0, 64), jnp.bfloat16), formats.parse("sdq32:16"), metadata=True, num_sms=1
+    )
+    assert [part.shape for part in out] == [(0, 64), (0, 1), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "x, fmt, sub, error, message",
+    [
+        (((4, 64), jnp.float32), "sdq32:16", None, ValueError, "x: expected bfloat16"),
+        (((64,),), "sdq32:16", None, ValueError, "x: expected bfloat16"),
+        (((4, 48),), "sdq32:16", None, NotImplementedError, "K = 48: must be a multiple of 32"),
+        (((4, 64),), "mxfp4", None, NotImplementedError, "only dialect formats"),
+        (((4, 1 << 16),), "sdq32:16", None, NotImplementedError, "K = 65536: does not fit"),
+        (((4, 64),), "e2m1:16", ((2, 1, 8), (4,)), ValueError, "nothing to choose"),
+        (((4, 64),), "sdq32:16", ((2, 2, 8), (4,)), ValueError, r"books: expected uint8\[groups, 1"),
+        (((4, 64),), "sdq32:16", ((2, 4, 8), (5,)), ValueError, r"group: expected int32\[4\]"),
+    ],
+)
+def test_refusals(x, fmt, sub, error, message):
+    if sub is not None:
+        sub = SubFormatbooks(abstract(sub[0], jnp.uint8), abstract(sub[1], jnp.int32))
+    with pytest.raises(error, match=message):
+        quantise.quantise(abstract(*x), formats.parse(fmt), sub_formatbooks=sub, num_sms=132)
