@@ -178,7 +178,9 @@ class Program:
     ) -> None:
         """1, 2 or 4 words to "global" or "shared"; or the low `size` bits of one."""
         source: Operand | Sequence[Operand] = words if len(words) > 1 else words[0]
-        self.emit(f"st.{space}{_width(len(words))}.b{size}", _at(address, offset), source, when=when)
+        self.emit(
+            f"st.{space}{_width(len(words))}.b{size}", _at(address, offset), source, when=when
+        )
 
     # ---- control
 

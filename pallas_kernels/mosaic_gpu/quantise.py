@@ -27,9 +27,10 @@ class Rows(NamedTuple):
     """Quantised rows, as the matmul reads them.
 
     Attributes:
-      values: e4m3 `[M, K]`, interleaved (`operands.interleave`).
-      exponents: int8 `[M, 1]`: a row stands for values * 2^exponent.
-      metadata: a byte for each block, uint8 `[M, G]`, as in a QTensor's scales; or None.
+      values: e4m3 `[M + n, K]`, interleaved (`operands.interleave`); n residuals come last.
+      exponents: int8 `[M + n, 1]`: a row stands for values * 2^exponent.
+      metadata: a byte for each block, uint8 `[M + n, G]`, as in a QTensor's scales; or None. Means
+        nothing in residuals of rows with NaN or Inf.
     """
 
     values: jax.Array
@@ -82,6 +83,7 @@ def quantise(
     fmt: Format,
     *,
     sub_formatbooks: SubFormatbooks | None = None,
+    residual_of: jax.Array | None = None,
     metadata: bool = False,
     config: Config | None = None,
     num_sms: int,
@@ -92,6 +94,8 @@ def quantise(
       x: bf16 `[M, K]`, K a multiple of 32.
       fmt: a dialect format with blocks of 16 or 32.
       sub_formatbooks: the choice of each row, for formats with more than one shape a top.
+      residual_of: numbers of rows, int32 `[n]`: what quantising leaves over of them is quantised
+        too, with a free choice, as n more rows.
       metadata: whether the blocks' bytes are wanted.
       config: how; None for the default of this K.
       num_sms: of the GPU.
@@ -103,6 +107,12 @@ def quantise(
     rows, length = x.shape
     if reason := misfit(fmt, length):
         raise NotImplementedError(reason)
+    residuals = 0
+    if residual_of is not None:
+        if residual_of.ndim != 1 or residual_of.dtype != jnp.int32:
+            got = f"{residual_of.dtype}{list(residual_of.shape)}"
+            raise ValueError(f"residual_of: expected int32[n], got {got}")
+        residuals = residual_of.shape[0]
     books = 0
     if sub_formatbooks is not None:
         _check_sub_formatbooks(sub_formatbooks, rows, length, fmt)
@@ -114,7 +124,9 @@ def quantise(
         config=config or default_config(length, fmt.block or 0),
         metadata=metadata,
         books=books,
+        residuals=residuals,
     )
+    rows += residuals
     out = [
         jax.ShapeDtypeStruct((rows, length), jnp.float8_e4m3fn),
         jax.ShapeDtypeStruct((rows, 1), jnp.int8),
@@ -126,6 +138,8 @@ def quantise(
     inputs = [x, jnp.asarray(element_table(task.book)), jnp.asarray(look_up_table(fmt))]
     if sub_formatbooks is not None:
         inputs += list(sub_formatbooks)
+    if residuals:
+        inputs.append(residual_of)
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
         out_type=tuple(out),

@@ -16,7 +16,7 @@ a bank.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sdq import formatbook
@@ -28,7 +28,9 @@ from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.ptx import Operand, Program, Register
 
 WARP = 32
-SMALLEST_EXPONENT = 5  # of a block's maximum, as bf16 writes it: 2^-122, so that steps are >= 2^-125
+SMALLEST_EXPONENT = (
+    5  # of a block's maximum, as bf16 writes it: 2^-122, so that steps are >= 2^-125
+)
 NON_FINITE = 255
 BAD_ROW = -128
 MAGNITUDES = 0x7FFF7FFF
@@ -85,6 +87,7 @@ class Task:
       config: how.
       metadata: whether the blocks' bytes are written.
       books: sub-formatbooks of a group: none, 1, or one for each block.
+      residuals: rows that follow the M: what quantising left over of some of them.
     """
 
     rows: int
@@ -93,6 +96,7 @@ class Task:
     config: Config
     metadata: bool
     books: int = 0
+    residuals: int = 0
 
     @property
     def block(self) -> int:
@@ -124,9 +128,10 @@ class Task:
     def arguments(self) -> tuple[str, ...]:
         """Names of what the text calls $0, $1, ...: 64-bit addresses, and shared memory's."""
         books = ("books", "group") if self.books else ()
+        tokens = ("tokens",) if self.residuals else ()
         metadata = ("metadata",) if self.metadata else ()
         return (
-            *("x", "table", "dialects", *books),
+            *("x", "table", "dialects", *books, *tokens),
             *("values", "exponents", *metadata),
             "shared",
         )
@@ -189,13 +194,19 @@ class Block(NamedTuple):
 
     Attributes:
       words: two bf16 numbers each.
-      maximum: the largest magnitude, in both halves.
       exists: a condition, or None: it does.
     """
 
     words: list[Register]
-    maximum: Register
     exists: str | None
+
+
+class Outputs(NamedTuple):
+    """Addresses of what this thread writes of a row, its first block's."""
+
+    values: Register
+    exponent: Register
+    metadata: Register | None
 
 
 class RowExponent(NamedTuple):
@@ -227,7 +238,7 @@ def program(task: Task) -> str:
     turns = p.let("mov.u32", "%nctaid.x")
     first = p.multiply_add(turn, task.rows_at_once, lane.group)
     step = p.multiply_add(turns, task.rows_at_once, 0)
-    p.strided("ROW", first, task.rows, step, lambda row: _row(p, task, lane, row))
+    p.strided("ROW", first, task.rows + task.residuals, step, lambda row: _row(p, task, lane, row))
     return p.text()
 
 
@@ -274,55 +285,72 @@ def _lane(p: Program, task: Task, thread: Register) -> Lane:
 
 
 def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
-    """Quantise one row."""
-    blocks = _load(p, task, lane, row)
-    of_thread = functools.reduce(p.larger, [block.maximum for block in blocks])
+    """Quantise one row; one beyond M is what that left over of another, so it goes round twice."""
+    source, unfinished = row, None
+    if task.residuals:
+        source, unfinished = _source(p, task, row)
+    blocks = _load(p, task, lane, source)
+    masks = _masks(p, task, lane, source)
+    out = _outputs(p, task, lane, row)
+    freedom = p.copy(0) if task.residuals and task.books else None
+    p.label("AGAIN")
+    maxima = [block_maximum(p, block.words) for block in blocks]
+    of_thread = functools.reduce(p.larger, maxima)
     exponent = p.shift_right(_row_maximum(p, task, lane, of_thread), 23)
     bad = p.equal(exponent, NON_FINITE)
     largest = p.larger(exponent, SMALLEST_EXPONENT)
     lowest = p.larger(largest, EXPONENT_WINDOW + SMALLEST_EXPONENT)
     of_row = RowExponent(largest, p.subtract(lowest, EXPONENT_WINDOW))
     step = p.select(bad, BAD_ROW, p.add(largest, -130))
-    at = p.address(task.argument("exponents"), row, 1)
-    p.store("global", at, [step], size=8, when=lane.first)
-
-    masks = _masks(p, task, lane, row)
-    values_at = p.address(task.argument("values"), row, task.length)
-    values_at = p.address(values_at, *_first_value(p, task, lane))
-    metadata_at = None
-    if task.metadata:
-        metadata_at = p.address(task.argument("metadata"), row, task.blocks)
-        metadata_at = p.address(metadata_at, lane.number, 1)
-
-    def store(slot: int, words: Sequence[Operand], byte: Operand) -> None:
-        block = blocks[slot]
-        offset = slot * task.config.threads * task.block
-        for at, piece in _pieces(task, words):
-            p.store("global", values_at, piece, offset + at, when=block.exists)
-        if metadata_at is not None:
-            offset = slot * task.config.threads
-            p.store("global", metadata_at, [byte], offset, size=8, when=block.exists)
+    p.store("global", out.exponent, [step], size=8, when=lane.first)
 
     p.jump("BAD", when=bad)
-    for slot, block in enumerate(blocks):
+    for slot, (block, maximum) in enumerate(zip(blocks, maxima, strict=True)):
         if slot:
             p.converge()  # else the compiler overlaps blocks until registers spill
         if block.exists:
-            p.jump("ROW_NEXT", when=f"!{lane.warp_in_last}")
-        words, byte = quantise_block(p, task, lane, block, of_row, masks[slot])
-        store(slot, _arranged(p, task, lane, words), byte)
+            p.jump("ALL_BLOCKS", when=f"!{lane.warp_in_last}")
+        mask = functools.partial(_mask, p, masks[slot], block.exists, freedom)
+        numbers, byte = quantise_block(p, task, lane, block.words, maximum, of_row, mask)
+        if unfinished:
+            p.jump(f"STORE_{slot}", when=f"!{unfinished}")
+            _leave_residual(p, block.words, numbers, largest)
+            p.jump(f"STORED_{slot}")
+            p.label(f"STORE_{slot}")
+        _store(p, task, out, slot, block.exists, _arranged(p, task, lane, numbers), byte)
+        p.label(f"STORED_{slot}")
+    p.label("ALL_BLOCKS")
+    if unfinished:
+        p.jump("ROW_NEXT", when=f"!{unfinished}")
+        p.emit("setp.lt.u32", unfinished, 0, 0)  # false
+        if freedom:
+            p.emit("mov.b32", freedom, 0xFF)
+        p.jump("AGAIN")
     p.jump("ROW_NEXT")
+
     p.label("BAD")
-    for slot, block in enumerate(blocks):
-        byte = _metadata_of_bad(p, task, block, masks[slot]) if task.metadata else 0
-        store(slot, [NANS] * (task.block // 4), byte)
+    for slot, (block, maximum) in enumerate(zip(blocks, maxima, strict=True)):
+        byte = 0
+        if task.metadata:
+            mask = functools.partial(_mask, p, masks[slot], block.exists, freedom)
+            byte = _metadata_of_bad(p, task, maximum, mask)
+        _store(p, task, out, slot, block.exists, [NANS] * (task.block // 4), byte)
+
+
+def _source(p: Program, task: Task, row: Register) -> tuple[Register, str]:
+    """Which row of x to read; and the condition that it is for its residual."""
+    is_residual = p.less(task.rows - 1, row)
+    source = p.copy(row)
+    at = p.address(task.argument("tokens"), p.subtract(row, task.rows), 4)
+    p.load_into([source], "global.nc", at, when=is_residual)
+    return source, is_residual
 
 
 def _load(p: Program, task: Task, lane: Lane, row: Register) -> list[Block]:
     """This thread's blocks; one that does not exist is zero."""
     at = p.address(task.argument("x"), row, 2 * task.length)
     at = p.address(at, lane.number, 2 * task.block)
-    held = []
+    blocks = []
     for slot in range(task.slots):
         exists = lane.in_last if slot == task.slots - 1 else None
         words = [p.new() for _ in range(task.block // 2)]
@@ -332,8 +360,57 @@ def _load(p: Program, task: Task, lane: Lane, row: Register) -> list[Block]:
         for first in range(0, len(words), 4):
             offset = 2 * slot * task.config.threads * task.block + 4 * first
             p.load_into(words[first : first + 4], "global.nc", at, offset, when=exists)
-        held.append((words, exists))
-    return [Block(words, block_maximum(p, words), exists) for words, exists in held]
+        blocks.append(Block(words, exists))
+    return blocks
+
+
+def _outputs(p: Program, task: Task, lane: Lane, row: Register) -> Outputs:
+    values = p.address(task.argument("values"), row, task.length)
+    metadata = None
+    if task.metadata:
+        metadata = p.address(task.argument("metadata"), row, task.blocks)
+        metadata = p.address(metadata, lane.number, 1)
+    return Outputs(
+        values=p.address(values, *_first_value(p, task, lane)),
+        exponent=p.address(task.argument("exponents"), row, 1),
+        metadata=metadata,
+    )
+
+
+def _store(
+    p: Program,
+    task: Task,
+    out: Outputs,
+    slot: int,
+    exists: str | None,
+    words: Sequence[Operand],
+    byte: Operand,
+) -> None:
+    """A block's numbers, arranged, and its metadata."""
+    first = slot * task.config.threads
+    for at, piece in _pieces(task, words):
+        p.store("global", out.values, piece, first * task.block + at, when=exists)
+    if out.metadata is not None:
+        p.store("global", out.metadata, [byte], first, size=8, when=exists)
+
+
+def _leave_residual(
+    p: Program, words: Sequence[Register], numbers: Sequence[Register], largest: Register
+) -> None:
+    """x - Q(x) in place of x, exactly.
+
+    An e4m3 number's bits, read as bf16, are the number times 2^-120. The difference of x and its
+    nearest magnitude needs no more bits than x has, so nothing rounds.
+    """
+    less_unit = p.multiply_add(largest, EXPONENT_STEP * PAIR, (0x8000 - 3 * EXPONENT_STEP) * PAIR)
+    large, minus_zero = p.copy(0x7B80 * PAIR), p.copy(0x8000 * PAIR)  # 2^120
+    for at, number in enumerate(numbers):
+        for word, bytes_ in zip(words[2 * at : 2 * at + 2], (0x1404, 0x3424), strict=True):
+            spread = p.permute(number, 0, bytes_)  # into the upper byte of each half
+            magnitude = p.both(p.shift_right(spread, 4), 0x07F0 * PAIR)
+            value = p.merge(spread, 0x8000 * PAIR, magnitude)
+            value = p.pair_multiply_add(value, large, minus_zero)
+            p.emit("fma.rn.bf16x2", word, value, less_unit, word)
 
 
 def block_maximum(p: Program, words: Sequence[Register]) -> Register:
@@ -370,25 +447,31 @@ def _row_maximum(p: Program, task: Task, lane: Lane, of_thread: Register) -> Reg
 
 
 def quantise_block(
-    p: Program, task: Task, lane: Lane, block: Block, row: RowExponent, masks: Masks | None
+    p: Program,
+    task: Task,
+    lane: Lane,
+    words: Sequence[Register],
+    maximum: Register,
+    row: RowExponent,
+    mask_of: Callable[[Operand], Register | None],
 ) -> tuple[list[Register], Register]:
     """A block's e4m3 numbers, four a register, in their own order; and its metadata byte."""
     book = task.book
-    exponent = p.larger(p.shift_right(block.maximum, 23), row.smallest)
+    exponent = p.larger(p.shift_right(maximum, 23), row.smallest)
     below = p.subtract(row.largest, exponent)
     # 4 / 2^e as bf16, twice: exponent 259 less the biased one
     quarters = p.multiply_add(exponent, -EXPONENT_STEP * PAIR, 259 * EXPONENT_STEP * PAIR)
     entry_bytes = tables.ENTRY_BYTES * task.config.columns
     entries, top, mask = lane.table, None, None
     if len(book.tops) > 1:
-        top = _nearest_top(p, block.maximum, quarters)
+        top = _nearest_top(p, maximum, quarters)
         entries = p.multiply_add(top, tables.ENTRIES * entry_bytes, lane.table)
-        mask = _mask(p, masks, top, block.exists)
+        mask = mask_of(top)
 
     half_bin = p.copy(HALF_BIN * PAIR)
     sums: list[Operand] = []
     indices: list[Register] = []
-    for number, word in enumerate(block.words):
+    for number, word in enumerate(words):
         if number % (tables.SUMMED_ELEMENTS // 2) == 0:
             sums.append(tables.bias(book.shapes))
         bins = p.pair_multiply_add(p.both(word, MAGNITUDES), quarters, half_bin)
@@ -404,10 +487,12 @@ def quantise_block(
     metadata, selector = _dialect(p, book, below, top, sums, mask)
     low, high = p.load("shared", 2, p.multiply_add(metadata, DIALECT_BYTES, lane.dialects))
     numbers = []
-    for four in range(len(block.words) // 2):
+    for four in range(len(words) // 2):
         i = indices[4 * four : 4 * four + 4]
-        nibbles = p.permute(p.multiply_add(i[1], 16, i[0]), p.multiply_add(i[3], 16, i[2]), selector)
-        high_bytes = p.permute(block.words[2 * four], block.words[2 * four + 1], 0x7531)
+        nibbles = p.permute(
+            p.multiply_add(i[1], 16, i[0]), p.multiply_add(i[3], 16, i[2]), selector
+        )
+        high_bytes = p.permute(words[2 * four], words[2 * four + 1], 0x7531)
         numbers.append(p.merge(high_bytes, SIGNS, p.permute(low, high, nibbles)))
     return numbers, metadata
 
@@ -473,26 +558,31 @@ def _masks(p: Program, task: Task, lane: Lane, row: Register) -> list[Masks | No
 
 
 def _mask(
-    p: Program, masks: Masks | None, top: Operand, exists: str | None
+    p: Program, masks: Masks | None, exists: str | None, freedom: Register | None, top: Operand
 ) -> Register | None:
-    """The shapes that a block's top may take."""
+    """The shapes that a block's top may take; `freedom` is all ones for a residual."""
     if masks is None:
         return None
+    at, offset = masks.address, masks.offset
+    if isinstance(top, str):
+        at = p.address(at, top, 1)
+    else:
+        offset += top
     mask = p.copy(0xFF)
-    at = p.address(masks.address, top, 1) if isinstance(top, str) else masks.address
-    offset = masks.offset + (0 if isinstance(top, str) else top)
     p.emit("ld.global.nc.u8", mask, f"[{at}+{offset}]", when=exists)
-    return mask
+    return p.either(mask, freedom) if freedom else mask
 
 
-def _metadata_of_bad(p: Program, task: Task, block: Block, masks: Masks | None) -> Register:
+def _metadata_of_bad(
+    p: Program, task: Task, maximum: Register, mask_of: Callable[[Operand], Register | None]
+) -> Register:
     """As if all of the block's numbers were zero: the smallest top, its first (allowed) shape."""
-    highest = p.smaller(p.subtract(NON_FINITE, p.shift_right(block.maximum, 23)), EXPONENT_WINDOW)
-    mask = _mask(p, masks, FIRST_TOP, block.exists)
+    below = p.smaller(p.subtract(NON_FINITE, p.shift_right(maximum, 23)), EXPONENT_WINDOW)
+    mask = mask_of(FIRST_TOP)
     if mask is None:
-        return p.multiply_add(highest, 32, task.book.ids[0])
-    below_lowest = p.both(p.differ(mask, -1), p.add(mask, -1))
-    return p.multiply_add(highest, 32, p.let("popc.b32", below_lowest))
+        return p.multiply_add(below, 32, task.book.ids[0])
+    below_first = p.both(p.differ(mask, -1), p.add(mask, -1))
+    return p.multiply_add(below, 32, p.let("popc.b32", below_first))
 
 
 def _first_value(p: Program, task: Task, lane: Lane) -> tuple[Register, int]:

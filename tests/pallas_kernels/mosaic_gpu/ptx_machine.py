@@ -10,6 +10,7 @@ seed, warps race: after every barrier a random one runs ahead as far as it can.
 
 import re
 
+import ml_dtypes
 import numpy as np
 
 GAP = 256  # bytes between arrays, which nobody may touch
@@ -72,6 +73,7 @@ class Machine:
 
     def __init__(self, instructions, labels, memory, shared_bytes, threads, rng):
         self.instructions, self.labels = instructions, labels
+        self.meeting_places = set(labels.values())
         self.memory = {"global": memory, "shared": Memory(begins=SHARED_BEGINS, size=shared_bytes)}
         self.threads, self.rng = threads, rng
         self.registers = {}
@@ -94,22 +96,33 @@ class Machine:
             assert ready.any(), "everybody waits"
             order = (self.rank * JUMP_BACK + self.turns) * JUMP_BACK + self.place
             first = np.where(ready, order, np.iinfo(np.int64).max)
-            self.step(np.nonzero(first == first.min())[0])
+            self.run_together(np.nonzero(first == first.min())[0])
 
-    def step(self, lanes):
+    def run_together(self, lanes):
+        """Up to where they may part, meet others or have to wait."""
         place = self.place[lanes[0]]
-        guard, name, operands = self.instructions[place]
-        self.place[lanes] += 1
-        if guard:
-            holds = self.value(guard.lstrip("!"), lanes) != 0
-            lanes = lanes[holds ^ guard.startswith("!")]
+        while place < len(self.instructions):
+            guard, name, operands = self.instructions[place]
+            place += 1
+            self.place[lanes] = place
+            self.step(name, operands, self.guarded(guard, lanes))
+            if name == "bra" or name.startswith("bar") or place in self.meeting_places:
+                return
+
+    def guarded(self, guard, lanes):
+        if not guard:
+            return lanes
+        holds = self.value(guard.lstrip("!"), lanes) != 0
+        return lanes[holds ^ guard.startswith("!")]
+
+    def step(self, name, operands, lanes):
         if not lanes.size:
             return
         kind = name.split(".")
         if kind[0] == "bra":
             target = self.labels[operands[0]]
+            self.turns[lanes] += target < self.place[lanes]
             self.place[lanes] = target
-            self.turns[lanes] += target <= place
         elif kind[0] == "bar":
             self.barrier(kind[1], operands, lanes)
         elif kind[0] in ("ld", "st"):
@@ -117,13 +130,14 @@ class Machine:
         elif kind[0] in ("redux", "shfl"):
             self.exchange(kind[0], operands, lanes)
         else:
-            assert "bf16x2" not in name or not any(map(is_number, operands)), "takes no constants"
+            constants = any(isinstance(operand, int) for operand in operands)
+            assert not ("bf16x2" in name and constants), f"{name} takes no constants"
             values = [self.value(operand, lanes) for operand in operands[1:]]
             self.put(operands[0], lanes, OPERATIONS[name](*values))
 
     def value(self, operand, lanes):
-        if is_number(operand):
-            return np.full(lanes.size, int(operand, 0) % 2**64, np.uint64)
+        if isinstance(operand, int):
+            return np.full(lanes.size, operand % 2**64, np.uint64)
         return self.registers[operand][lanes]
 
     def put(self, name, lanes, value):
@@ -135,8 +149,8 @@ class Machine:
             self.check_whole_warps(lanes)
             return
         number = self.value(operands[0], lanes).astype(np.int64)
-        count = int(operands[1]) if len(operands) > 1 else self.threads
-        assert ((0 <= number) & (number < 16)).all()
+        count = operands[1] if len(operands) > 1 else self.threads
+        assert (number < 16).all()
         self.waiting[lanes] = number
         for each in np.unique(number):
             arrived = np.nonzero(self.waiting == each)[0]
@@ -150,7 +164,7 @@ class Machine:
     def access(self, kind, operands, lanes):
         size = int(kind[-1][1:]) // 8
         target, data = reversed(operands) if kind[0] == "ld" else operands
-        registers = [name.strip() for name in data.strip("{}").split(",")]
+        registers = [_operand(name.strip()) for name in str(data).strip("{}").split(",")]
         base, _, offset = target.strip("[]").partition("+")
         address = self.value(base, lanes) + np.uint64(int(offset or 0) % 2**64)
         if "shared" in kind:
@@ -169,15 +183,11 @@ class Machine:
         if kind == "redux":
             values = np.repeat(values.max(axis=1, keepdims=True), WARP, axis=1)
         else:
-            values = values[:, np.arange(WARP) ^ int(operands[2])]
+            values = values[:, np.arange(WARP) ^ operands[2]]
         self.put(operands[0], lanes, values.reshape(-1))
 
     def check_whole_warps(self, lanes):
         assert (np.bincount(lanes // WARP, minlength=1) % WARP == 0).all(), "lanes are missing"
-
-
-def is_number(operand):
-    return re.match(r"-?\d", operand) is not None
 
 
 def _parsed(text):
@@ -190,8 +200,12 @@ def _parsed(text):
             labels[line[:-1]] = len(instructions)
             continue
         guard, name, operands = LINE.match(line).groups()
-        instructions.append((guard, name, OPERAND.findall(operands)))
+        instructions.append((guard, name, [_operand(text) for text in OPERAND.findall(operands)]))
     return instructions, labels
+
+
+def _operand(text):
+    return int(text) if re.match(r"-?\d", text) else text
 
 
 def _words(*values):
@@ -225,20 +239,10 @@ def _larger_magnitude(a, b):
 
 
 def _multiply_add(a, b, c):
-    a, b, c = ((bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for bits in (a, b, c))
+    a, b, c = (bits.view(ml_dtypes.bfloat16).astype(np.float64) for bits in (a, b, c))
     with np.errstate(all="ignore"):
-        return bf16_bits(a * b + c)  # the product is exact; the sum has more bits than can matter
-
-
-def bf16_bits(x):
-    """float64 to bf16, one rounding to nearest even; only numbers that are normal in bf16, or 0."""
-    bits = np.ascontiguousarray(x, np.float64).view(np.uint64)
-    odd = (bits >> np.uint64(45)) & np.uint64(1)
-    rounded = (bits + np.uint64((1 << 44) - 1) + odd) >> np.uint64(45)
-    exponent = ((rounded >> np.uint64(7)) & np.uint64(0x7FF)).astype(np.int64) - 1023 + 127
-    sign = (bits >> np.uint64(63)).astype(np.int64) << 15
-    normal = np.where(x == 0, 0, (exponent << 7) | (rounded & np.uint64(127)).astype(np.int64))
-    return (normal | sign).astype(np.uint16)
+        total = a * b + c  # the product is exact, and so is every sum near a tie
+        return total.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def _half_times(a, by, plus):

@@ -17,6 +17,8 @@ from sdq import formatbook, formats
 
 from tests.pallas_kernels.mosaic_gpu import ptx_machine
 
+LARGEST = (33, 5152)
+
 
 def rows(count, length, rng):
     """bf16 `[count, length]`, count >= 16: every kind of row that could go wrong."""
@@ -41,24 +43,44 @@ def rows(count, length, rng):
     return x
 
 
+def in_order(x):
+    """The inverse of interleave."""
+    runs = x.reshape(*x.shape[:-1], -1, 2, 4, 4)
+    return np.swapaxes(runs, -3, -2).reshape(x.shape)
+
+
 def expected(x, fmt, allowed=None):
+    """Of sdq; in arrays of one shape, for which it is compiled once."""
+    count, length = x.shape
+    x = np.pad(x, ((0, LARGEST[0] - count), (0, LARGEST[1] - length)))
+    if allowed is not None:
+        blocks = LARGEST[1] // fmt.block
+        allowed = np.broadcast_to(allowed, (count, allowed.shape[1], 8))
+        wide = np.full((LARGEST[0], blocks, 8), 0xFF, np.uint8)
+        wide[:count, : length // fmt.block] = allowed
+        allowed = jnp.asarray(wide)
     rule = "two_stage" if fmt.has_choice else None
     q = sdq.quantize(jnp.asarray(x), fmt, select=rule, allowed=allowed)
     values, exponents = sdq.to_fp8(q)
-    return [np.asarray(part) for part in (interleave(values), exponents, q.scales)]
+    values = np.asarray(interleave(values))[:count, :length]
+    return [
+        values,
+        np.asarray(exponents)[:count],
+        np.asarray(q.scales)[:count, : length // fmt.block],
+    ]
 
 
-def run(x, task, books=None, group=None, *, blocks=2, seed=None):
+def run(x, task, books=None, group=None, tokens=None, *, blocks=2, seed=None):
     """What the emitted text leaves in memory."""
+    count = task.rows + task.residuals
     outputs = [
-        np.full(x.shape, 0xEE, np.uint8).view(ml_dtypes.float8_e4m3fn),
-        np.full((task.rows, 1), 0x77, np.int8),
+        np.full((count, task.length), 0xEE, np.uint8).view(ml_dtypes.float8_e4m3fn),
+        np.full((count, 1), 0x77, np.int8),
     ]
     if task.metadata:
-        outputs.append(np.full((task.rows, task.blocks), 0xEE, np.uint8))
+        outputs.append(np.full((count, task.blocks), 0xEE, np.uint8))
     inputs = [x, element_table(task.book), look_up_table(task.format)]
-    if task.books:
-        inputs += [books, group]
+    inputs += [part for part in (books, group, tokens) if part is not None]
     ptx_machine.run(
         quantiser_program.program(task),
         inputs + outputs,
@@ -77,7 +99,7 @@ def check(got, want):
     np.testing.assert_array_equal(got[0].view(np.uint8), want[0].view(np.uint8))
 
 
-def task_of(shape, fmt, *, metadata=True, books=0, **config):
+def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, **config):
     return Task(
         rows=shape[0],
         length=shape[1],
@@ -85,6 +107,7 @@ def task_of(shape, fmt, *, metadata=True, books=0, **config):
         config=Config(**{"threads": 32, "warps": 4, **config}),
         metadata=metadata,
         books=books,
+        residuals=residuals,
     )
 
 
@@ -147,7 +170,34 @@ def test_sub_formatbooks(fmt, by_block, rng):
     books[0] |= 0xF0  # bits of no shape mean nothing
     books[-1] = (1 << shapes) - 1
     group = rng.randint(0, 5, 24).astype(np.int32)
-    check(run(x, task, books, group), expected(x, task.format, jnp.asarray(books[group])))
+    check(run(x, task, books, group), expected(x, task.format, books[group]))
+
+
+@pytest.mark.parametrize("fmt", ["sdq32:16", "sdq32:32", "e2m1:16"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_residuals(fmt, shared, rng):
+    """More rows: what is left over, chosen freely even where the rows themselves were not."""
+    if shared and fmt == "e2m1:16":
+        pytest.skip("nothing to share")
+    x = rows(24, 608, rng)
+    tokens = np.array([23, 0, 17, 5, 5, 8, 22, 12, 15, 16], np.int32)
+    task = task_of(x.shape, fmt, books=int(shared), residuals=len(tokens))
+    books = group = allowed = None
+    if shared:
+        books = np.left_shift(1, rng.randint(0, 4, (5, 1, 8))).astype(np.uint8)
+        group = rng.randint(0, 5, 24).astype(np.int32)
+        allowed = books[group]
+    want = expected(x, task.format, allowed)
+    base = in_order(want[0].astype(np.float32)) * np.exp2(want[1].astype(np.float32))
+    left = x.astype(np.float32) - base
+    left_rounded = left.astype(ml_dtypes.bfloat16)
+    good = want[1][:, 0] != -128
+    np.testing.assert_array_equal(left[good], left_rounded[good].astype(np.float32))
+    more = expected(left_rounded[tokens], task.format)
+    more[2] = np.where(good[tokens, None], more[2], 0)
+    got = run(x, task, books, group, tokens)
+    got[2][24:] = np.where(good[tokens, None], got[2][24:], 0)
+    check(got, [np.concatenate(parts) for parts in zip(want, more, strict=True)])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -168,9 +218,7 @@ def test_the_machine_sees_a_race(rng, monkeypatch):
     x = rows(29, 1056, rng)
     want = expected(x, task.format)
     seeds = range(4)
-    assert any(
-        (run(x, task, blocks=1, seed=seed)[1] != want[1]).any() for seed in seeds
-    )
+    assert any((run(x, task, blocks=1, seed=seed)[1] != want[1]).any() for seed in seeds)
 
 
 @pytest.mark.parametrize("name", formatbook.BOOKS)
@@ -226,9 +274,7 @@ def quantised(x, fmt="sdq32:16", **options):
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
 
     def call(x, sub):
-        return quantise.quantise(
-            x, formats.parse(fmt), sub_formatbooks=sub, num_sms=132, **options
-        )
+        return quantise.quantise(x, formats.parse(fmt), sub_formatbooks=sub, num_sms=132, **options)
 
     sub = options.pop("sub_formatbooks", None)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -261,7 +307,13 @@ def test_no_rows():
         (((4, 64),), "mxfp4", None, NotImplementedError, "only dialect formats"),
         (((4, 1 << 16),), "sdq32:16", None, NotImplementedError, "K = 65536: does not fit"),
         (((4, 64),), "e2m1:16", ((2, 1, 8), (4,)), ValueError, "nothing to choose"),
-        (((4, 64),), "sdq32:16", ((2, 2, 8), (4,)), ValueError, r"books: expected uint8\[groups, 1"),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            ((2, 2, 8), (4,)),
+            ValueError,
+            r"books: expected uint8\[groups, 1",
+        ),
         (((4, 64),), "sdq32:16", ((2, 4, 8), (5,)), ValueError, r"group: expected int32\[4\]"),
     ],
 )
