@@ -166,6 +166,17 @@ class Program:
         target: Operand | Sequence[Operand] = words if len(words) > 1 else words[0]
         self.emit(f"ld.{space}{_width(len(words))}.b32", target, _at(address, offset), when=when)
 
+    def load_byte_into(
+        self,
+        word: Register,
+        space: str,
+        address: Register,
+        offset: int = 0,
+        when: str | None = None,
+    ) -> None:
+        """One byte, zeros above it, into a register that exists."""
+        self.emit(f"ld.{space}.u8", word, _at(address, offset), when=when)
+
     def store(
         self,
         space: str,

@@ -4,6 +4,7 @@ One pass over memory: 2 bytes of an element are read, 1 is written. The result i
 `sdq.quantize(x, fmt, select="two_stage")` to the last bit, NaN and Inf included.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +13,20 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
-from sdq import formatbook
-from sdq.formats import Format
 
 from pallas_kernels.mosaic_gpu.operands import STEP, look_up_table
-from pallas_kernels.mosaic_gpu.quantiser_program import WARP, Config, Task, program
+from pallas_kernels.mosaic_gpu.quantiser_program import program
 from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
-
-# Threads of a row: the words of x that each may hold before more threads share the row.
-WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
+from pallas_kernels.mosaic_gpu.quantiser_task import (
+    WARP,
+    WORDS_HELD,
+    Config,
+    Task,
+    default_config,
+    words_held,
+)
+from sdq import formatbook
+from sdq.formats import Format
 
 
 class Rows(NamedTuple):
@@ -60,22 +66,9 @@ def misfit(fmt: Format, length: int) -> str | None:
     if length <= 0 or length % STEP:
         return f"K = {length}: must be a multiple of {STEP}"
     threads, most = max(WORDS_HELD.items())
-    if _words_held(length, fmt.block, threads) > most:
+    if words_held(length, fmt.block, threads) > most:
         return f"K = {length}: does not fit the registers of a thread block"
     return None
-
-
-def default_config(length: int, block: int) -> Config:
-    """The fewest threads a row that leave each few enough words; measured on an H100."""
-    for threads, most in WORDS_HELD.items():
-        if _words_held(length, block, threads) <= most:
-            return Config(threads=threads)
-    raise ValueError(f"length: a thread block cannot hold {length} channels in registers")
-
-
-def _words_held(length: int, block: int, threads: int) -> int:
-    """Registers for x of a thread."""
-    return -(-length // (block * threads)) * block // 2
 
 
 def quantise(
@@ -107,39 +100,41 @@ def quantise(
     rows, length = x.shape
     if reason := misfit(fmt, length):
         raise NotImplementedError(reason)
-    residuals = 0
-    if residual_of is not None:
-        if residual_of.ndim != 1 or residual_of.dtype != jnp.int32:
-            got = f"{residual_of.dtype}{list(residual_of.shape)}"
-            raise ValueError(f"residual_of: expected int32[n], got {got}")
-        residuals = residual_of.shape[0]
-    books = 0
+    inputs = [x]
     if sub_formatbooks is not None:
         _check_sub_formatbooks(sub_formatbooks, rows, length, fmt)
-        books = sub_formatbooks.books.shape[1]
+        inputs += list(sub_formatbooks)
+    residuals = 0
+    if residual_of is not None:
+        _check_residual_of(residual_of, rows)
+        residuals = residual_of.shape[0]
+    if residual_of is not None and residuals:
+        inputs.append(residual_of)
+    assert fmt.block is not None
     task = Task(
         rows=rows,
         length=length,
         format=fmt,
-        config=config or default_config(length, fmt.block or 0),
+        config=config or default_config(length, fmt.block),
         metadata=metadata,
-        books=books,
+        books=0 if sub_formatbooks is None else sub_formatbooks.books.shape[1],
         residuals=residuals,
     )
-    rows += residuals
+    return _call(task, inputs, num_sms)
+
+
+def _call(task: Task, inputs: list[jax.Array], num_sms: int) -> Rows:
+    """The kernel on x and what optional arguments there are, in the order of `Task.arguments`."""
+    rows = task.rows + task.residuals
     out = [
-        jax.ShapeDtypeStruct((rows, length), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((rows, task.length), jnp.float8_e4m3fn),
         jax.ShapeDtypeStruct((rows, 1), jnp.int8),
     ]
-    if metadata:
+    if task.metadata:
         out.append(jax.ShapeDtypeStruct((rows, task.blocks), jnp.uint8))
     if rows == 0:
         return _rows([jnp.zeros(part.shape, part.dtype) for part in out])
-    inputs = [x, jnp.asarray(element_table(task.book)), jnp.asarray(look_up_table(fmt))]
-    if sub_formatbooks is not None:
-        inputs += list(sub_formatbooks)
-    if residuals:
-        inputs.append(residual_of)
+    look_up = [jnp.asarray(element_table(task.book)), jnp.asarray(look_up_table(task.format))]
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
         out_type=tuple(out),
@@ -150,11 +145,12 @@ def quantise(
         scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return _rows(call(*inputs))
+    return _rows(call(inputs[0], *look_up, *inputs[1:]))
 
 
-def _rows(parts: Any) -> Rows:
-    return Rows(*parts) if len(parts) == 3 else Rows(*parts, None)
+def _rows(parts: Sequence[jax.Array]) -> Rows:
+    values, exponents, *metadata = parts
+    return Rows(values, exponents, metadata[0] if metadata else None)
 
 
 def _emit(task: Task, refs: tuple[Any, ...]) -> None:
@@ -187,3 +183,10 @@ def _check_sub_formatbooks(sub: SubFormatbooks, rows: int, length: int, fmt: For
         )
     if group.shape != (rows,) or group.dtype != jnp.int32:
         raise ValueError(f"group: expected int32[{rows}], got {group.dtype}{list(group.shape)}")
+
+
+def _check_residual_of(tokens: jax.Array, rows: int) -> None:
+    if tokens.ndim != 1 or tokens.dtype != jnp.int32:
+        raise ValueError(f"residual_of: expected int32[n], got {tokens.dtype}{list(tokens.shape)}")
+    if tokens.shape[0] and not rows:
+        raise ValueError(f"residual_of: {tokens.shape[0]} rows of an x that has none")
