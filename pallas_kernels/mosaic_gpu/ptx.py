@@ -126,9 +126,15 @@ class Program:
         """The largest of all lanes, unsigned."""
         return self.let("redux.sync.max.u32", a, ALL_LANES)
 
-    def of_neighbour(self, a: Register) -> Register:
-        """The register of the lane whose number differs in the lowest bit."""
-        return self.let("shfl.sync.bfly.b32", a, 1, 31, ALL_LANES)
+    def of_lane_across(self, a: Register, distance: int) -> Register:
+        """The register of the lane whose number differs in one bit."""
+        return self.let("shfl.sync.bfly.b32", a, distance, 31, ALL_LANES)
+
+    def warp_sum(self, a: Register) -> Register:
+        """Of all lanes' float32, the same in every lane."""
+        for distance in (16, 8, 4, 2, 1):
+            a = self.let("add.rn.f32", a, self.of_lane_across(a, distance))
+        return a
 
     def converge(self) -> None:
         """The warp's lanes wait for each other; the compiler moves nothing across."""

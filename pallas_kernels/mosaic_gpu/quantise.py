@@ -15,6 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic_gpu.operands import STEP, look_up_table
+from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_program import program
 from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
 from pallas_kernels.mosaic_gpu.quantiser_task import (
@@ -57,6 +58,20 @@ class SubFormatbooks(NamedTuple):
     group: jax.Array
 
 
+class Norm(NamedTuple):
+    """A layer norm in front: LN(x) gain + shift in float32, then rounded to bf16.
+
+    Attributes:
+      gain: float32 `[B, K]`, for M / B rows each; 1 + scale of a modulation.
+      shift: float32 `[B, K]`.
+      eps: added to the variance.
+    """
+
+    gain: jax.Array
+    shift: jax.Array
+    eps: float
+
+
 def misfit(fmt: Format, length: int) -> str | None:
     """Why rows of `length` channels cannot be quantised so; None if they can."""
     if fmt.family != "dialect":
@@ -77,6 +92,7 @@ def quantise(
     *,
     sub_formatbooks: SubFormatbooks | None = None,
     residual_of: jax.Array | None = None,
+    norm: Norm | None = None,
     metadata: bool = False,
     config: Config | None = None,
     num_sms: int,
@@ -89,6 +105,7 @@ def quantise(
       sub_formatbooks: the choice of each row, for formats with more than one shape a top.
       residual_of: numbers of rows, int32 `[n]`: what quantising leaves over of them is quantised
         too, with a free choice, as n more rows.
+      norm: what to do with x first.
       metadata: whether the blocks' bytes are wanted.
       config: how; None for the default of this K.
       num_sms: of the GPU.
@@ -119,7 +136,12 @@ def quantise(
         metadata=metadata,
         books=0 if sub_formatbooks is None else sub_formatbooks.books.shape[1],
         residuals=residuals,
+        eps=None if norm is None else norm.eps,
+        batch=1 if norm is None else norm.gain.shape[0],
     )
+    if norm is not None:
+        _check_norm(norm, rows, length)
+        inputs.append(arranged(norm.gain, norm.shift, task))
     return _call(task, inputs, num_sms)
 
 
@@ -190,3 +212,13 @@ def _check_residual_of(tokens: jax.Array, rows: int) -> None:
         raise ValueError(f"residual_of: expected int32[n], got {tokens.dtype}{list(tokens.shape)}")
     if tokens.shape[0] and not rows:
         raise ValueError(f"residual_of: {tokens.shape[0]} rows of an x that has none")
+
+
+def _check_norm(norm: Norm, rows: int, length: int) -> None:
+    for name, part in (("gain", norm.gain), ("shift", norm.shift)):
+        if part.shape != (norm.gain.shape[0], length) or part.dtype != jnp.float32:
+            raise ValueError(
+                f"{name}: expected float32[B, {length}], got {part.dtype}{list(part.shape)}"
+            )
+    if not norm.gain.shape[0] or rows % norm.gain.shape[0]:
+        raise ValueError(f"norm: {rows} rows are not {norm.gain.shape[0]} equal parts")

@@ -9,7 +9,7 @@ a bank.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pallas_kernels.mosaic_gpu import quantiser_tables as tables
@@ -28,6 +28,7 @@ from pallas_kernels.mosaic_gpu.quantiser_block import (
     quantise_block,
     row_exponent,
 )
+from pallas_kernels.mosaic_gpu.quantiser_norm import QUAD, QUAD_BYTES, normalise
 from pallas_kernels.mosaic_gpu.quantiser_task import DIALECT_BYTES, DIALECTS, WARP, Task
 from sdq.codecs.dialect import BAD_ROW
 from sdq.formatbook import FIRST_TOP
@@ -46,7 +47,7 @@ class Lane(NamedTuple):
       odd: condition, t is odd.
       in_last: condition, it has a block in the last slot; None where all have.
       warp_in_last: condition, some lane of its warp has.
-      parity: 0 or the size of the maxima, by turns.
+      parity: 0 or the bytes of what warps tell each other, by turns.
       look_up: its tables.
     """
 
@@ -145,11 +146,15 @@ def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
     blocks = _load(p, task, lane, source)
     masks = _masks(p, task, lane, source)
     out = _outputs(p, task, lane, row)
+    if task.eps is not None:
+        sum_of_row = functools.partial(_across_row, p, task, lane, p.warp_sum, "add.rn.f32")
+        normalise(p, task, blocks, _modulation(p, task, lane, source), sum_of_row)
 
     p.label("AGAIN")
     maxima = [block_maximum(p, block.words) for block in blocks]
     of_thread = functools.reduce(p.larger, maxima)
-    exponent = exponent_of(p, _row_maximum(p, task, lane, of_thread))
+    of_everybody = _across_row(p, task, lane, p.warp_maximum, "max.u32", of_thread)
+    exponent = exponent_of(p, of_everybody)
     of_row = row_exponent(p, exponent)
     bad = p.equal(exponent, NON_FINITE)
     unit = p.select(bad, BAD_ROW, p.add(of_row.largest, -BIAS))
@@ -244,27 +249,47 @@ def _outputs(p: Program, task: Task, lane: Lane, row: Register) -> Outputs:
     )
 
 
-def _row_maximum(p: Program, task: Task, lane: Lane, of_thread: Register) -> Register:
-    """The largest of all threads of a row.
+def _modulation(p: Program, task: Task, lane: Lane, row: Register) -> Register:
+    """Where this lane's first gain is."""
+    at: Register = task.argument("modulation")
+    tile = task.block // QUAD * QUAD_BYTES
+    warps = task.config.threads // WARP
+    if task.batch > 1:
+        number = p.let("div.u32", row, task.rows // task.batch)
+        at = p.address(at, number, task.slots * warps * tile)
+    if warps > 1:
+        at = p.address(at, p.shift_right(lane.number, 5), tile)
+    return p.address(at, p.both(lane.number, WARP - 1), 4 * QUAD)
 
-    Warps meet at the row's own barrier once: the next row writes elsewhere, and nobody is two rows
-    ahead.
+
+def _across_row(
+    p: Program,
+    task: Task,
+    lane: Lane,
+    across_warp: Callable[[Register], Register],
+    join: str,
+    of_thread: Register,
+) -> Register:
+    """What all threads of a row have, joined.
+
+    Warps meet at the row's own barrier once: the next time they write elsewhere, and nobody is two
+    times ahead.
     """
-    of_warp = p.warp_maximum(of_thread)
+    of_warp = across_warp(of_thread)
     warps = task.config.threads // WARP
     if warps == 1:
         return of_warp
     shared = task.argument("shared")
     place = p.add(p.multiply_add(lane.warp, 4, shared), lane.parity)
     in_warp = p.both(lane.number, WARP - 1)
-    p.store("shared", place, [of_warp], task.maxima_at, when=p.equal(in_warp, 0))
+    p.store("shared", place, [of_warp], task.warps_at, when=p.equal(in_warp, 0))
     p.emit("bar.sync", p.add(lane.group, 1), task.config.threads)
     place = p.add(p.multiply_add(lane.group, 4 * warps, shared), lane.parity)
     parts = []
     for first in range(0, warps, 4):
-        parts += p.load("shared", min(4, warps), place, task.maxima_at + 4 * first)
+        parts += p.load("shared", min(4, warps), place, task.warps_at + 4 * first)
     p.emit("xor.b32", lane.parity, lane.parity, 4 * task.config.warps)
-    return functools.reduce(p.larger, parts)
+    return functools.reduce(lambda a, b: p.let(join, a, b), parts)
 
 
 def _store(
@@ -302,7 +327,7 @@ def _arranged(p: Program, task: Task, lane: Lane, words: list[Register]) -> list
         return words[::2] + words[1::2]
     kept = [p.select(lane.odd, words[i + 1], words[i]) for i in (0, 2)]
     given = [p.select(lane.odd, words[i], words[i + 1]) for i in (0, 2)]
-    taken = [p.of_neighbour(word) for word in given]
+    taken = [p.of_lane_across(word, 1) for word in given]
     pairs = zip(kept + taken, taken + kept, strict=True)
     return [p.select(lane.odd, odd, even) for even, odd in pairs]
 

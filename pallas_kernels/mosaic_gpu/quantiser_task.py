@@ -74,6 +74,8 @@ class Task:
       metadata: whether the blocks' bytes are written.
       books: sub-formatbooks of a group: none, 1, or one for each block.
       residuals: rows that follow the M: what quantising left over of some of them.
+      eps: of the layer norm in front; None for none.
+      batch: how many rows of gains and shifts that has, each for M / batch rows.
     """
 
     rows: int
@@ -83,6 +85,8 @@ class Task:
     metadata: bool
     books: int = 0
     residuals: int = 0
+    eps: float | None = None
+    batch: int = 1
 
     @property
     def block(self) -> int:
@@ -117,6 +121,7 @@ class Task:
             "books": self.books,
             "group": self.books,
             "tokens": self.residuals,
+            "modulation": self.eps is not None,
             "values": True,
             "exponents": True,
             "metadata": self.metadata,
@@ -139,11 +144,11 @@ class Task:
         return self.table_pairs * tables.ENTRY_BYTES
 
     @property
-    def maxima_at(self) -> int:
-        """Where shared memory holds the maxima of warps, twice: by turns."""
+    def warps_at(self) -> int:
+        """Where shared memory holds what warps tell each other, twice: by turns."""
         return self.dialects_at + DIALECTS * DIALECT_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """Of shared memory."""
-        return self.maxima_at + 2 * 4 * self.config.warps
+        return self.warps_at + 2 * 4 * self.config.warps

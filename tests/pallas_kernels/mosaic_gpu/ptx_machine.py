@@ -205,6 +205,8 @@ def _parsed(text):
 
 
 def _operand(text):
+    if text.startswith("0f"):
+        return int(text[2:], 16)
     return int(text) if re.match(r"-?\d", text) else text
 
 
@@ -245,6 +247,23 @@ def _multiply_add(a, b, c):
         return total.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
+def _on_reals(function):
+    """An operation on float32 bits, rounded once more than float64 is."""
+
+    def bits(*values):
+        reals = [value.astype(np.uint32).view(np.float32).astype(np.float64) for value in values]
+        with np.errstate(all="ignore"):
+            return np.float32(function(*reals)).view(np.uint32).astype(np.uint64)
+
+    return bits
+
+
+def _pair_of_reals(high, low):
+    reals = np.stack(_words(low, high), axis=-1).view(np.float32)
+    with np.errstate(all="ignore"):
+        return reals.astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0].astype(np.uint64)
+
+
 def _half_times(a, by, plus):
     low = (a & np.uint64(0xFFFF)) * (by & np.uint64(0xFF))
     return low + (a >> np.uint64(16)) * ((by >> np.uint64(8)) & np.uint64(0xFF)) + plus
@@ -281,6 +300,13 @@ OPERATIONS = {
     "selp.b32": lambda a, b, condition: np.where(condition != 0, a, b),
     "lop3.b32": _merge,
     "prmt.b32": _permute,
+    "div.u32": _on_words(np.floor_divide),
+    "add.rn.f32": _on_reals(np.add),
+    "sub.rn.f32": _on_reals(np.subtract),
+    "mul.rn.f32": _on_reals(np.multiply),
+    "fma.rn.f32": _on_reals(lambda a, b, c: a * b + c),
+    "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),
+    "cvt.rn.bf16x2.f32": _pair_of_reals,
     "dp2a.lo.u32.u32": _on_words(_half_times),
     "max.NaN.xorsign.abs.bf16x2": _by_halves(_larger_magnitude),
     "fma.rn.bf16x2": _by_halves(_multiply_add),

@@ -12,6 +12,7 @@ import sdq
 from pallas_kernels.mosaic_gpu import quantise, quantiser_program
 from pallas_kernels.mosaic_gpu.operands import interleave, look_up_table
 from pallas_kernels.mosaic_gpu.quantise import SubFormatbooks
+from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
 from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
 from sdq import formatbook, formats
@@ -70,7 +71,7 @@ def expected(x, fmt, allowed=None):
     ]
 
 
-def run(x, task, books=None, group=None, tokens=None, *, blocks=2, seed=None):
+def run(x, task, books=None, group=None, tokens=None, modulation=None, *, blocks=2, seed=None):
     """What the emitted text leaves in memory."""
     count = task.rows + task.residuals
     outputs = [
@@ -80,10 +81,10 @@ def run(x, task, books=None, group=None, tokens=None, *, blocks=2, seed=None):
     if task.metadata:
         outputs.append(np.full((count, task.blocks), 0xEE, np.uint8))
     inputs = [x, element_table(task.book), look_up_table(task.format)]
-    inputs += [part for part in (books, group, tokens) if part is not None]
+    inputs += [part for part in (books, group, tokens, modulation) if part is not None]
     ptx_machine.run(
         quantiser_program.program(task),
-        inputs + outputs,
+        [*map(np.ascontiguousarray, inputs), *outputs],
         shared_bytes=task.shared_bytes,
         threads=task.config.warps * WARP,
         blocks=blocks,
@@ -99,7 +100,7 @@ def check(got, want):
     np.testing.assert_array_equal(got[0].view(np.uint8), want[0].view(np.uint8))
 
 
-def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, **config):
+def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=1, **config):
     return Task(
         rows=shape[0],
         length=shape[1],
@@ -108,6 +109,8 @@ def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, **config):
         metadata=metadata,
         books=books,
         residuals=residuals,
+        eps=eps,
+        batch=batch,
     )
 
 
@@ -198,6 +201,31 @@ def test_residuals(fmt, shared, rng):
     got = run(x, task, books, group, tokens)
     got[2][24:] = np.where(good[tokens, None], got[2][24:], 0)
     check(got, [np.concatenate(parts) for parts in zip(want, more, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "length, fmt, threads, batch",
+    [(608, "sdq32:16", 32, 1), (2080, "sdq32:16", 64, 3), (1056, "sdq32:32", 32, 2)],
+)
+def test_norm_in_front(length, fmt, threads, batch, rng):
+    """As after a norm in float64, but where that lies next to the border of two bf16 numbers."""
+    x = (3 * rng.standard_normal((12, length)) + 1).astype(ml_dtypes.bfloat16)
+    x[5] = 7
+    x[7, 3] = np.nan
+    gain, shift = rng.standard_normal((2, batch, length)).astype(np.float32)
+    tokens = np.array([11, 5, 2], np.int32)
+    task = task_of(x.shape, fmt, threads=threads, residuals=3, eps=1e-6, batch=batch)
+    got = run(x, task, None, None, tokens, arranged(gain, shift, task))
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(axis=1, keepdims=True)
+    normed = centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + 1e-6)
+    each = [np.repeat(part, 12 // batch, axis=0) for part in (gain, shift)]
+    normed = (normed * each[0] + each[1]).astype(ml_dtypes.bfloat16)
+    want = expected(normed, task.format)
+    base = in_order(want[0].astype(np.float32)) * np.exp2(want[1].astype(np.float32))
+    left = (normed.astype(np.float32) - base).astype(ml_dtypes.bfloat16)[tokens]
+    want = [np.concatenate(parts) for parts in zip(want, expected(left, task.format), strict=True)]
+    np.testing.assert_array_equal(got[1], want[1])
+    assert np.mean(got[0].view(np.uint8) != want[0].view(np.uint8)) < 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))
