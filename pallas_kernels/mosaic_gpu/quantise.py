@@ -4,7 +4,6 @@ One pass over memory: 2 bytes of an element are read, 1 is written. The result i
 `sdq.quantize(x, fmt, select="two_stage")` to the last bit, NaN and Inf included.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,6 @@ from pallas_kernels.mosaic_gpu.quantiser_task import (
     default_config,
     words_held,
 )
-from sdq import formatbook
 from sdq.formats import Format
 
 
@@ -42,7 +40,7 @@ class Rows(NamedTuple):
 
     values: jax.Array
     exponents: jax.Array
-    metadata: jax.Array | None
+    metadata: jax.Array | None = None
 
 
 class SubFormatbooks(NamedTuple):
@@ -117,49 +115,47 @@ def quantise(
     rows, length = x.shape
     if reason := misfit(fmt, length):
         raise NotImplementedError(reason)
-    inputs = [x]
-    if sub_formatbooks is not None:
-        _check_sub_formatbooks(sub_formatbooks, rows, length, fmt)
-        inputs += list(sub_formatbooks)
-    residuals = 0
-    if residual_of is not None:
-        _check_residual_of(residual_of, rows)
-        residuals = residual_of.shape[0]
-    if residual_of is not None and residuals:
-        inputs.append(residual_of)
     assert fmt.block is not None
     task = Task(
         rows=rows,
         length=length,
         format=fmt,
-        config=config or default_config(length, fmt.block),
+        config=config or default_config(length, fmt.block, norm=norm is not None),
         metadata=metadata,
         books=0 if sub_formatbooks is None else sub_formatbooks.books.shape[1],
-        residuals=residuals,
+        residuals=0 if residual_of is None else residual_of.shape[0],
         eps=None if norm is None else norm.eps,
         batch=1 if norm is None else norm.gain.shape[0],
     )
+    inputs = {"x": x}
+    if sub_formatbooks is not None:
+        _check_sub_formatbooks(sub_formatbooks, task)
+        inputs |= sub_formatbooks._asdict()
+    if residual_of is not None:
+        _check_residual_of(residual_of, task)
+        inputs["tokens"] = residual_of
     if norm is not None:
-        _check_norm(norm, rows, length)
-        inputs.append(arranged(norm.gain, norm.shift, task))
+        _check_norm(norm, task)
+        inputs["modulation"] = arranged(norm.gain, norm.shift, task)
     return _call(task, inputs, num_sms)
 
 
-def _call(task: Task, inputs: list[jax.Array], num_sms: int) -> Rows:
-    """The kernel on x and what optional arguments there are, in the order of `Task.arguments`."""
+def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Rows:
+    """The kernel on arguments by their names."""
     rows = task.rows + task.residuals
-    out = [
-        jax.ShapeDtypeStruct((rows, task.length), jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((rows, 1), jnp.int8),
-    ]
-    if task.metadata:
-        out.append(jax.ShapeDtypeStruct((rows, task.blocks), jnp.uint8))
+    outputs = {
+        "values": jax.ShapeDtypeStruct((rows, task.length), jnp.float8_e4m3fn),
+        "exponents": jax.ShapeDtypeStruct((rows, 1), jnp.int8),
+        "metadata": jax.ShapeDtypeStruct((rows, task.blocks), jnp.uint8),
+    }
+    inputs["table"] = jnp.asarray(element_table(task.book))
+    inputs["dialects"] = jnp.asarray(look_up_table(task.format))
+    out_type = tuple(outputs[name] for name in task.arguments if name in outputs)
     if rows == 0:
-        return _rows([jnp.zeros(part.shape, part.dtype) for part in out])
-    look_up = [jnp.asarray(element_table(task.book)), jnp.asarray(look_up_table(task.format))]
+        return Rows(*(jnp.zeros(part.shape, part.dtype) for part in out_type))
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
-        out_type=tuple(out),
+        out_type=out_type,
         grid=(min(num_sms, -(-rows // task.rows_at_once)),),
         grid_names=("block",),
         num_threads=task.config.warps * WARP // 128,
@@ -167,12 +163,7 @@ def _call(task: Task, inputs: list[jax.Array], num_sms: int) -> Rows:
         scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return _rows(call(inputs[0], *look_up, *inputs[1:]))
-
-
-def _rows(parts: Sequence[jax.Array]) -> Rows:
-    values, exponents, *metadata = parts
-    return Rows(values, exponents, metadata[0] if metadata else None)
+    return Rows(*call(*(inputs[name] for name in task.arguments if name in inputs)))
 
 
 def _emit(task: Task, refs: tuple[Any, ...]) -> None:
@@ -192,11 +183,10 @@ def _emit(task: Task, refs: tuple[Any, ...]) -> None:
     body(*refs)
 
 
-def _check_sub_formatbooks(sub: SubFormatbooks, rows: int, length: int, fmt: Format) -> None:
-    assert fmt.block is not None
-    blocks = length // fmt.block
-    if formatbook.BOOKS[fmt.book or ""].shapes == 1:
-        raise ValueError(f"sub_formatbooks: {fmt} has nothing to choose")
+def _check_sub_formatbooks(sub: SubFormatbooks, task: Task) -> None:
+    rows, blocks = task.rows, task.blocks
+    if task.book.shapes == 1:
+        raise ValueError(f"sub_formatbooks: {task.format} has nothing to choose")
     books, group = sub
     fits = books.ndim == 3 and books.shape[1] in (1, blocks) and books.shape[2] == 8
     if not fits or books.dtype != jnp.uint8:
@@ -207,18 +197,18 @@ def _check_sub_formatbooks(sub: SubFormatbooks, rows: int, length: int, fmt: For
         raise ValueError(f"group: expected int32[{rows}], got {group.dtype}{list(group.shape)}")
 
 
-def _check_residual_of(tokens: jax.Array, rows: int) -> None:
+def _check_residual_of(tokens: jax.Array, task: Task) -> None:
     if tokens.ndim != 1 or tokens.dtype != jnp.int32:
         raise ValueError(f"residual_of: expected int32[n], got {tokens.dtype}{list(tokens.shape)}")
-    if tokens.shape[0] and not rows:
+    if task.residuals and not task.rows:
         raise ValueError(f"residual_of: {tokens.shape[0]} rows of an x that has none")
 
 
-def _check_norm(norm: Norm, rows: int, length: int) -> None:
+def _check_norm(norm: Norm, task: Task) -> None:
     for name, part in (("gain", norm.gain), ("shift", norm.shift)):
-        if part.shape != (norm.gain.shape[0], length) or part.dtype != jnp.float32:
+        if part.shape != (task.batch, task.length) or part.dtype != jnp.float32:
             raise ValueError(
-                f"{name}: expected float32[B, {length}], got {part.dtype}{list(part.shape)}"
+                f"{name}: expected float32[B, {task.length}], got {part.dtype}{list(part.shape)}"
             )
-    if not norm.gain.shape[0] or rows % norm.gain.shape[0]:
-        raise ValueError(f"norm: {rows} rows are not {norm.gain.shape[0]} equal parts")
+    if not task.batch or task.rows % task.batch:
+        raise ValueError(f"norm: {task.rows} rows are not {task.batch} equal parts")

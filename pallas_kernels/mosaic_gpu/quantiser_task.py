@@ -12,6 +12,7 @@ DIALECTS = 256
 DIALECT_BYTES = 8
 # Threads of a row: the words of x that each may hold before more threads share the row.
 WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
+WORDS_WITH_NORM = 32  # whose gains and shifts want registers too
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,12 @@ class Config:
             raise ValueError(f"columns: expected at most 16, got {self.columns}")
 
 
-def default_config(length: int, block: int) -> Config:
+def default_config(length: int, block: int, *, norm: bool = False) -> Config:
     """The fewest threads a row that leave each few enough words; measured on an H100."""
     for threads, most in WORDS_HELD.items():
-        if words_held(length, block, threads) <= most:
+        if words_held(length, block, threads) <= (min(most, WORDS_WITH_NORM) if norm else most):
             return Config(threads=threads)
-    raise ValueError(f"length: a thread block cannot hold {length} channels in registers")
+    return Config(threads=max(WORDS_HELD))
 
 
 def words_held(length: int, block: int, threads: int) -> int:
