@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -25,22 +26,21 @@ from pallas_kernels.mosaic_gpu.quantiser_task import (
     default_config,
     words_held,
 )
+from pallas_kernels.rows import Fp8Rows
 from sdq.formats import Format
 
 
-class Rows(NamedTuple):
-    """Quantised rows, as the matmul reads them.
+class Quantised(NamedTuple):
+    """What the kernel writes.
 
     Attributes:
-      values: e4m3 `[M + n, K]`, interleaved (`operands.interleave`); n residuals come last.
-      exponents: int8 `[M + n, 1]`: a row stands for values * 2^exponent.
+      rows: M, interleaved, and n residuals after them.
       metadata: a byte for each block, uint8 `[M + n, G]`, as in a QTensor's scales; or None. Means
         nothing in residuals of rows with NaN or Inf.
     """
 
-    values: jax.Array
-    exponents: jax.Array
-    metadata: jax.Array | None = None
+    rows: Fp8Rows
+    metadata: jax.Array | None
 
 
 class SubFormatbooks(NamedTuple):
@@ -94,7 +94,7 @@ def quantise(
     metadata: bool = False,
     config: Config | None = None,
     num_sms: int,
-) -> Rows:
+) -> Quantised:
     """Quantise rows; each block takes the top nearest to its maximum, then the best of its shapes.
 
     Args:
@@ -140,7 +140,7 @@ def quantise(
     return _call(task, inputs, num_sms)
 
 
-def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Rows:
+def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Quantised:
     """The kernel on arguments by their names."""
     rows = task.rows + task.residuals
     outputs = {
@@ -152,7 +152,7 @@ def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Rows:
     inputs["dialects"] = jnp.asarray(look_up_table(task.format))
     out_type = tuple(outputs[name] for name in task.arguments if name in outputs)
     if rows == 0:
-        return Rows(*(jnp.zeros(part.shape, part.dtype) for part in out_type))
+        return _quantised(*(jnp.zeros(part.shape, part.dtype) for part in out_type))
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
         out_type=out_type,
@@ -163,7 +163,15 @@ def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Rows:
         scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return Rows(*call(*(inputs[name] for name in task.arguments if name in inputs)))
+    return _quantised(*call(*(inputs[name] for name in task.arguments if name in inputs)))
+
+
+def _quantised(
+    values: jax.Array, exponents: jax.Array, metadata: jax.Array | None = None
+) -> Quantised:
+    dtype = np.dtype(jnp.bfloat16)
+    rows = Fp8Rows(values=values, exponents=exponents, dtype=dtype, interleaved=True)
+    return Quantised(rows, metadata)
 
 
 def _emit(task: Task, refs: tuple[Any, ...]) -> None:

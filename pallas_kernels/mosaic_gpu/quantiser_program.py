@@ -318,7 +318,7 @@ def _first_value(p: Program, task: Task, lane: Lane) -> tuple[Register, int]:
 
 
 def _arranged(p: Program, task: Task, lane: Lane, words: list[Register]) -> list[Register]:
-    """A block's words in the order of `operands.interleave`: of 32 channels', even ones first.
+    """A block's words in the order of `rows.interleave`: of 32 channels', even ones first.
 
     A block of 16 is half of that. Of the pair of threads that share 32 channels the even one gets
     the even words: it gives its odd ones for the other's even ones.

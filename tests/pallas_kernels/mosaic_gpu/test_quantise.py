@@ -10,12 +10,14 @@ import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu import quantise, quantiser_program
-from pallas_kernels.mosaic_gpu.operands import interleave, look_up_table
+from pallas_kernels.mosaic_gpu.operands import look_up_table
 from pallas_kernels.mosaic_gpu.quantise import SubFormatbooks
 from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
 from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
+from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
+from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.mosaic_gpu import ptx_machine
 
 LARGEST = (33, 5152)
@@ -40,24 +42,23 @@ def rows(count, length, rng):
     x = x.astype(ml_dtypes.bfloat16)
     x[-1, 5] = np.nan
     x[-2, -1] = np.inf
-    x[-2, 3] *= 100
     return x
 
 
-def in_order(x):
-    """The inverse of interleave."""
-    runs = x.reshape(*x.shape[:-1], -1, 2, 4, 4)
-    return np.swapaxes(runs, -3, -2).reshape(x.shape)
+def dequantised(values, exponents):
+    """float32, in the order of channels."""
+    return np.asarray(deinterleave(values.astype(np.float32))) * np.exp2(
+        exponents.astype(np.float32)
+    )
 
 
-def expected(x, fmt, allowed=None):
+def expected(x, fmt, allowed=None, largest=LARGEST):
     """Of sdq; in arrays of one shape, for which it is compiled once."""
     count, length = x.shape
-    x = np.pad(x, ((0, LARGEST[0] - count), (0, LARGEST[1] - length)))
+    rows, columns = largest or x.shape
+    x = np.pad(x, ((0, rows - count), (0, columns - length)))
     if allowed is not None:
-        blocks = LARGEST[1] // fmt.block
-        allowed = np.broadcast_to(allowed, (count, allowed.shape[1], 8))
-        wide = np.full((LARGEST[0], blocks, 8), 0xFF, np.uint8)
+        wide = np.full((rows, columns // fmt.block, 8), 0xFF, np.uint8)
         wide[:count, : length // fmt.block] = allowed
         allowed = jnp.asarray(wide)
     rule = "two_stage" if fmt.has_choice else None
@@ -191,7 +192,7 @@ def test_residuals(fmt, shared, rng):
         group = rng.randint(0, 5, 24).astype(np.int32)
         allowed = books[group]
     want = expected(x, task.format, allowed)
-    base = in_order(want[0].astype(np.float32)) * np.exp2(want[1].astype(np.float32))
+    base = dequantised(*want[:2])
     left = x.astype(np.float32) - base
     left_rounded = left.astype(ml_dtypes.bfloat16)
     good = want[1][:, 0] != -128
@@ -221,7 +222,7 @@ def test_norm_in_front(length, fmt, threads, batch, rng):
     each = [np.repeat(part, 12 // batch, axis=0) for part in (gain, shift)]
     normed = (normed * each[0] + each[1]).astype(ml_dtypes.bfloat16)
     want = expected(normed, task.format)
-    base = in_order(want[0].astype(np.float32)) * np.exp2(want[1].astype(np.float32))
+    base = dequantised(*want[:2])
     left = (normed.astype(np.float32) - base).astype(ml_dtypes.bfloat16)[tokens]
     want = [np.concatenate(parts) for parts in zip(want, expected(left, task.format), strict=True)]
     np.testing.assert_array_equal(got[1], want[1])
@@ -294,7 +295,7 @@ def abstract(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def quantised(x, fmt="sdq32:16", **options):
+def lowered(x, fmt="sdq32:16", **options):
     """Lowered for an H100, where there is none."""
     device = jax.sharding.AbstractDevice(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
@@ -310,20 +311,39 @@ def quantised(x, fmt="sdq32:16", **options):
 
 
 def test_lowers_for_a_gpu():
-    exported = quantised(abstract((100, 608)), metadata=True)
+    exported = lowered(abstract((100, 608)), metadata=True)
     values, exponents, metadata = exported.out_avals
     assert (values.shape, values.dtype) == ((100, 608), jnp.float8_e4m3fn)
     assert (exponents.shape, exponents.dtype) == ((100, 1), jnp.int8)
     assert (metadata.shape, metadata.dtype) == ((100, 38), jnp.uint8)
     sub = SubFormatbooks(abstract((5, 1, 8), jnp.uint8), abstract((100,), jnp.int32))
-    assert len(quantised(abstract((100, 608)), sub_formatbooks=sub).out_avals) == 2
+    assert len(lowered(abstract((100, 608)), sub_formatbooks=sub).out_avals) == 2
+
+
+@pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
+def test_compiled_for_a_hopper_gpu(tmp_path):
+    residuals = {"books": 1, "residuals": 3276}
+    cases = [
+        *({"m": 32760, "k": k} for k in (1536, 3072, 5120, 8960, 13824)),
+        {"m": 32760, "k": 5120, "exchange": False, "metadata": False},
+        {"m": 32760, "k": 13824, "format": "sdq32:32"},
+        {"m": 33, "k": 28672, "format": "e2m1:16"},
+        {"m": 32760, "k": 5120} | residuals,
+        {"m": 32760, "k": 13824, "books": 864, "residuals": 3276},
+        {"m": 32760, "k": 5120, "batch": 2, "format": "sdq32:32"} | residuals,
+        {"m": 32760, "k": 8960, "batch": 1},
+    ]
+    for case, report in zip(cases, deviceless.compiled(tmp_path, cases, "quantiser"), strict=True):
+        assert report.spilled == 0, case
+        if report.instructions:
+            assert {"HFMA2", "IDP", "LDS", "PRMT", "REDUX"} <= report.instructions, case
 
 
 def test_no_rows():
     out = quantise.quantise(
         jnp.zeros((0, 64), jnp.bfloat16), formats.parse("sdq32:16"), metadata=True, num_sms=1
     )
-    assert [part.shape for part in out] == [(0, 64), (0, 1), (0, 4)]
+    assert out.rows.shape == (0, 64) and out.metadata.shape == (0, 4)
 
 
 @pytest.mark.parametrize(
