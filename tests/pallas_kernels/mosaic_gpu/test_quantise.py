@@ -11,7 +11,7 @@ import pytest
 import sdq
 from pallas_kernels.mosaic_gpu import quantise, quantiser_program
 from pallas_kernels.mosaic_gpu.operands import look_up_table
-from pallas_kernels.mosaic_gpu.quantise import SubFormatbooks
+from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks
 from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
 from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
@@ -295,29 +295,40 @@ def abstract(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def lowered(x, fmt="sdq32:16", **options):
-    """Lowered for an H100, where there is none."""
+def lowered(x, options):
+    """For an H100, where there is none."""
     device = jax.sharding.AbstractDevice(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
 
-    def call(x, sub):
-        return quantise.quantise(x, formats.parse(fmt), sub_formatbooks=sub, num_sms=132, **options)
+    def call(x, options):
+        norm = Norm(*options["norm"], eps=1e-6) if "norm" in options else None
+        options = options | {"metadata": True, "num_sms": 132, "norm": norm}
+        return quantise.quantise(x, formats.parse("sdq32:16"), **options)
 
-    sub = options.pop("sub_formatbooks", None)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.export.export(jax.jit(call), platforms=["cuda"])(x, sub)
+        return jax.export.export(jax.jit(call), platforms=["cuda"])(x, options)
 
 
-def test_lowers_for_a_gpu():
-    exported = lowered(abstract((100, 608)), metadata=True)
-    values, exponents, metadata = exported.out_avals
-    assert (values.shape, values.dtype) == ((100, 608), jnp.float8_e4m3fn)
-    assert (exponents.shape, exponents.dtype) == ((100, 1), jnp.int8)
-    assert (metadata.shape, metadata.dtype) == ((100, 38), jnp.uint8)
-    sub = SubFormatbooks(abstract((5, 1, 8), jnp.uint8), abstract((100,), jnp.int32))
-    assert len(lowered(abstract((100, 608)), sub_formatbooks=sub).out_avals) == 2
+@pytest.mark.parametrize("everything", [False, True])
+def test_lowers_for_a_gpu(everything):
+    options = {}
+    if everything:
+        options = {
+            "sub_formatbooks": SubFormatbooks(
+                abstract((5, 38, 8), jnp.uint8), abstract((100,), jnp.int32)
+            ),
+            "residual_of": abstract((10,), jnp.int32),
+            "norm": [abstract((2, 608), jnp.float32)] * 2,
+        }
+    out = lowered(abstract((100, 608)), options).out_avals
+    rows = 110 if everything else 100
+    assert [(part.shape, part.dtype) for part in out] == [
+        ((rows, 608), jnp.float8_e4m3fn),
+        ((rows, 1), jnp.int8),
+        ((rows, 38), jnp.uint8),
+    ]
 
 
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
@@ -346,27 +357,54 @@ def test_no_rows():
     assert out.rows.shape == (0, 64) and out.metadata.shape == (0, 4)
 
 
+SUB = "sub_formatbooks"
+
+
+def sub_of(books, group):
+    return SubFormatbooks(abstract(books, jnp.uint8), abstract(group, jnp.int32))
+
+
 @pytest.mark.parametrize(
-    "x, fmt, sub, error, message",
+    "x, fmt, options, error, message",
     [
-        (((4, 64), jnp.float32), "sdq32:16", None, ValueError, "x: expected bfloat16"),
-        (((64,),), "sdq32:16", None, ValueError, "x: expected bfloat16"),
-        (((4, 48),), "sdq32:16", None, NotImplementedError, "K = 48: must be a multiple of 32"),
-        (((4, 64),), "mxfp4", None, NotImplementedError, "only dialect formats"),
-        (((4, 1 << 16),), "sdq32:16", None, NotImplementedError, "K = 65536: does not fit"),
-        (((4, 64),), "e2m1:16", ((2, 1, 8), (4,)), ValueError, "nothing to choose"),
+        (((4, 64), jnp.float32), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
+        (((64,),), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
+        (((4, 48),), "sdq32:16", {}, NotImplementedError, "K = 48: must be a multiple of 32"),
+        (((4, 64),), "mxfp4", {}, NotImplementedError, "only dialect formats"),
+        (((4, 1 << 16),), "sdq32:16", {}, NotImplementedError, "K = 65536: does not fit"),
+        (((4, 64),), "e2m1:16", {SUB: sub_of((2, 1, 8), (4,))}, ValueError, "nothing to choose"),
+        (((4, 64),), "sdq32:16", {SUB: sub_of((2, 2, 8), (4,))}, ValueError, r"books: expected ui"),
+        (((4, 64),), "sdq32:16", {SUB: sub_of((2, 4, 8), (5,))}, ValueError, r"group: expected in"),
         (
             ((4, 64),),
             "sdq32:16",
-            ((2, 2, 8), (4,)),
+            {"residual_of": abstract((2,))},
             ValueError,
-            r"books: expected uint8\[groups, 1",
+            r"residual_of: expected int32\[n\], got bfloat16\[2\]",
         ),
-        (((4, 64),), "sdq32:16", ((2, 4, 8), (5,)), ValueError, r"group: expected int32\[4\]"),
+        (
+            ((0, 64),),
+            "sdq32:16",
+            {"residual_of": abstract((2,), jnp.int32)},
+            ValueError,
+            "residual_of: 2 rows of an x that has none",
+        ),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            {"norm": Norm(abstract((1, 64)), abstract((1, 64)), 1e-6)},
+            ValueError,
+            r"gain: expected float32\[B, 64\], got bfloat16\[1, 64\]",
+        ),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            {"norm": Norm(*[abstract((3, 64), jnp.float32)] * 2, 1e-6)},
+            ValueError,
+            "norm: 4 rows are not 3 equal parts",
+        ),
     ],
 )
-def test_refusals(x, fmt, sub, error, message):
-    if sub is not None:
-        sub = SubFormatbooks(abstract(sub[0], jnp.uint8), abstract(sub[1], jnp.int32))
+def test_refusals(x, fmt, options, error, message):
     with pytest.raises(error, match=message):
-        quantise.quantise(abstract(*x), formats.parse(fmt), sub_formatbooks=sub, num_sms=132)
+        quantise.quantise(abstract(*x), formats.parse(fmt), num_sms=132, **options)
