@@ -8,12 +8,13 @@ compile them.
 
 import os
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for what tests start, before JAX is imported
+
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
