@@ -118,8 +118,8 @@ def _mosaic_gpu(
         sub_formatbooks=sub,
         residual_of=residual_of,
         num_sms=device.current().cores,
-    ).rows
-    rows = jax.tree.map(lambda a: a[: len(flat)].reshape(batch, length, -1), found)
-    if tokens is None:
-        return Quantized(rows, None)
-    return Quantized(rows, jax.tree.map(lambda a: a[len(flat) :].reshape(*tokens.shape, -1), found))
+    )
+    return jax.tree.map(
+        lambda part: part.reshape(batch, -1, part.shape[-1]),
+        Quantized(found.rows, found.residuals),
+    )

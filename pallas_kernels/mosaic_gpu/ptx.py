@@ -154,6 +154,10 @@ class Program:
         """64 bits: base + index * stride."""
         return self.let("mad.wide.u32", index, stride, base, kind="d")
 
+    def select_address(self, condition: str, a: Operand, b: Operand) -> Register:
+        """64 bits: a where the condition holds, else b."""
+        return self.let("selp.b64", a, b, condition, kind="d")
+
     def load(self, space: str, count: int, address: Register, offset: int = 0) -> list[Register]:
         """New registers with 1, 2 or 4 words of "global.nc" or "shared"."""
         words = [self.new() for _ in range(count)]

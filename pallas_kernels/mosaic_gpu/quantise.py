@@ -34,12 +34,14 @@ class Quantised(NamedTuple):
     """What the kernel writes.
 
     Attributes:
-      rows: M, interleaved, and n residuals after them.
+      rows: M, interleaved.
+      residuals: of n of them, or None.
       metadata: a byte for each block, uint8 `[M + n, G]`, as in a QTensor's scales; or None. Means
         nothing in residuals of rows with NaN or Inf.
     """
 
     rows: Fp8Rows
+    residuals: Fp8Rows | None
     metadata: jax.Array | None
 
 
@@ -102,7 +104,7 @@ def quantise(
       fmt: a dialect format with blocks of 16 or 32.
       sub_formatbooks: the choice of each row, for formats with more than one shape a top.
       residual_of: numbers of rows, int32 `[n]`: what quantising leaves over of them is quantised
-        too, with a free choice, as n more rows.
+        too, with a free choice.
       norm: what to do with x first.
       metadata: whether the blocks' bytes are wanted.
       config: how; None for the default of this K.
@@ -142,36 +144,50 @@ def quantise(
 
 def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Quantised:
     """The kernel on arguments by their names."""
-    rows = task.rows + task.residuals
+    m, n = task.rows, task.residuals
     outputs = {
-        "values": jax.ShapeDtypeStruct((rows, task.length), jnp.float8_e4m3fn),
-        "exponents": jax.ShapeDtypeStruct((rows, 1), jnp.int8),
-        "metadata": jax.ShapeDtypeStruct((rows, task.blocks), jnp.uint8),
+        "values": jax.ShapeDtypeStruct((m, task.length), jnp.float8_e4m3fn),
+        "exponents": jax.ShapeDtypeStruct((m, 1), jnp.int8),
+        "residual_values": jax.ShapeDtypeStruct((n, task.length), jnp.float8_e4m3fn),
+        "residual_exponents": jax.ShapeDtypeStruct((n, 1), jnp.int8),
+        "metadata": jax.ShapeDtypeStruct((m + n, task.blocks), jnp.uint8),
     }
+    names = [name for name in task.arguments if name in outputs]
     inputs["table"] = jnp.asarray(element_table(task.book))
     inputs["dialects"] = jnp.asarray(look_up_table(task.format))
-    out_type = tuple(outputs[name] for name in task.arguments if name in outputs)
-    if rows == 0:
-        return _quantised(*(jnp.zeros(part.shape, part.dtype) for part in out_type))
+    out_type = tuple(outputs[name] for name in names)
+    if m == 0:
+        empty = [jnp.zeros(part.shape, part.dtype) for part in out_type]
+        return _quantised(**dict(zip(names, empty, strict=True)))
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
         out_type=out_type,
-        grid=(min(num_sms, -(-rows // task.rows_at_once)),),
+        grid=(min(num_sms, -(-(m + n) // task.rows_at_once)),),
         grid_names=("block",),
         num_threads=task.config.warps * WARP // 128,
         thread_name="warpgroup",
         scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return _quantised(*call(*(inputs[name] for name in task.arguments if name in inputs)))
+    found = call(*(inputs[name] for name in task.arguments if name in inputs))
+    return _quantised(**dict(zip(names, found, strict=True)))
 
 
 def _quantised(
-    values: jax.Array, exponents: jax.Array, metadata: jax.Array | None = None
+    values: jax.Array,
+    exponents: jax.Array,
+    residual_values: jax.Array | None = None,
+    residual_exponents: jax.Array | None = None,
+    metadata: jax.Array | None = None,
 ) -> Quantised:
-    dtype = np.dtype(jnp.bfloat16)
-    rows = Fp8Rows(values=values, exponents=exponents, dtype=dtype, interleaved=True)
-    return Quantised(rows, metadata)
+    def rows(values: jax.Array, exponents: jax.Array) -> Fp8Rows:
+        dtype = np.dtype(jnp.bfloat16)
+        return Fp8Rows(values=values, exponents=exponents, dtype=dtype, interleaved=True)
+
+    residuals = None
+    if residual_values is not None and residual_exponents is not None:
+        residuals = rows(residual_values, residual_exponents)
+    return Quantised(rows(values, exponents), residuals, metadata)
 
 
 def _emit(task: Task, refs: tuple[Any, ...]) -> None:

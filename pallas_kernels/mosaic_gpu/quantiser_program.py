@@ -145,7 +145,7 @@ def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
         source, unfinished = _source(p, task, row)
     blocks = _load(p, task, lane, source)
     masks = _masks(p, task, lane, source)
-    out = _outputs(p, task, lane, row)
+    out = _outputs(p, task, lane, row, unfinished)
     if task.eps is not None:
         sum_of_row = functools.partial(_across_row, p, task, lane, p.warp_sum, "add.rn.f32")
         normalise(p, task, blocks, _modulation(p, task, lane, source), sum_of_row)
@@ -236,15 +236,22 @@ def _masks(p: Program, task: Task, lane: Lane, row: Register) -> list[Masks | No
     ]
 
 
-def _outputs(p: Program, task: Task, lane: Lane, row: Register) -> Outputs:
-    values = p.address(task.argument("values"), row, task.length)
+def _outputs(p: Program, task: Task, lane: Lane, row: Register, is_residual: str | None) -> Outputs:
     metadata = None
     if task.metadata:
         metadata = p.address(task.argument("metadata"), row, task.blocks)
         metadata = p.address(metadata, lane.number, 1)
+    values, exponents = task.argument("values"), task.argument("exponents")
+    if is_residual:
+        row = p.select(is_residual, p.subtract(row, task.rows), row)
+        values, exponents = (
+            p.select_address(is_residual, task.argument(f"residual_{name}"), task.argument(name))
+            for name in ("values", "exponents")
+        )
+    values = p.address(values, row, task.length)
     return Outputs(
         values=p.address(values, *_first_value(p, task, lane)),
-        exponent=p.address(task.argument("exponents"), row, 1),
+        exponent=p.address(exponents, row, 1),
         metadata=metadata,
     )
 

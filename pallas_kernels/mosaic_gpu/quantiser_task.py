@@ -125,6 +125,8 @@ class Task:
             "modulation": self.eps is not None,
             "values": True,
             "exponents": True,
+            "residual_values": self.residuals,
+            "residual_exponents": self.residuals,
             "metadata": self.metadata,
         }
         present = [name for name, is_there in optional.items() if is_there]

@@ -298,6 +298,7 @@ OPERATIONS = {
     "setp.eq.u32": _on_words(np.equal),
     "setp.lt.u32": _on_words(np.less),
     "selp.b32": lambda a, b, condition: np.where(condition != 0, a, b),
+    "selp.b64": lambda a, b, condition: np.where(condition != 0, a, b),
     "lop3.b32": _merge,
     "prmt.b32": _permute,
     "div.u32": _on_words(np.floor_divide),

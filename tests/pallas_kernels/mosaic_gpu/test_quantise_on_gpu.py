@@ -22,7 +22,11 @@ def run(x, fmt, **options):
         quantise, fmt=formats.parse(fmt), metadata=True, num_sms=device.current().cores
     )
     out = jax.jit(functools.partial(call, **options))(jnp.asarray(x))
-    return [np.asarray(part) for part in (out.rows.values, out.rows.exponents, out.metadata)]
+    of_rows = [(part.values, part.exponents) for part in (out.rows, out.residuals) if part]
+    joined = [
+        np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*of_rows, strict=True)
+    ]
+    return [*joined, np.asarray(out.metadata)]
 
 
 def bits(x, fmt, allowed=None):
