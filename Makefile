@@ -16,10 +16,10 @@ demo: $(STAMP)  ## sample three prompts with 4-bit weights and activations, besi
 	@echo "open $(OUT)/demo/report.html in a browser"
 
 test: $(STAMP)  ## everything but the slow tests
-	$(BIN)/python -m pytest -q -n auto $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(TESTS)
 
 slow: $(STAMP)  ## everything
-	$(BIN)/python -m pytest -q -n auto --slow
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --slow
 
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
