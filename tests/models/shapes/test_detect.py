@@ -12,7 +12,12 @@ SCENE = scene_of(parse(EXAMPLE), jax.random.key(0))
 VIDEO_OF_SCENE = render(SCENE).video
 
 
-@jax.jit
+def optimised(function):
+    """Jitted: what runs longer than it compiles."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})
+
+
+@optimised
 def judge(scene, video):
     return verdicts(scene, detect(video))
 
@@ -31,9 +36,7 @@ def right_share(count, *, seed, sigma=0.0, blur=False):
         return verdicts(scene, detect(video))
 
     keys = jax.random.split(jax.random.key(seed), count)
-    # Runs longer than it compiles, so that it pays to optimise.
-    options = {"xla_backend_optimization_level": 1}
-    found = jax.jit(lambda keys: jax.lax.map(one, keys), compiler_options=options)(keys)
+    found = optimised(lambda keys: jax.lax.map(one, keys))(keys)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
