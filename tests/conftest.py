@@ -15,10 +15,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Most of the tests' time is compilation, and most of that the MLIR pipeline of each fusion. A JAX
-# that does not know the extra option ignores it.
+# Most of the tests' time is compilation, and a large part of that the MLIR pipeline of each fusion.
+# A JAX that does not know the extra option ignores it.
 QUICKLY_COMPILED = (
-    "--xla_backend_optimization_level=0 "
+    "--xla_backend_optimization_level=1 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisations(request):
+    """Least where programs compile longer than they run: everywhere but in the shapes world."""
+    quick = not request.config.getoption("--slow") and "shapes" not in request.path.parts
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture

@@ -12,12 +12,7 @@ SCENE = scene_of(parse(EXAMPLE), jax.random.key(0))
 VIDEO_OF_SCENE = render(SCENE).video
 
 
-def optimised(function):
-    """Jitted: what runs longer than it compiles."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})
-
-
-@optimised
+@jax.jit
 def judge(scene, video):
     return verdicts(scene, detect(video))
 
@@ -36,7 +31,7 @@ def right_share(count, *, seed, sigma=0.0, blur=False):
         return verdicts(scene, detect(video))
 
     keys = jax.random.split(jax.random.key(seed), count)
-    found = optimised(lambda keys: jax.lax.map(one, keys))(keys)
+    found = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 

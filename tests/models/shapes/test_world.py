@@ -24,8 +24,7 @@ MANY = 4000
 
 @functools.cache  # compiling takes longer than drawing
 def draw(held_out):
-    each = jax.vmap(functools.partial(sample_scene, held_out=held_out))
-    return jax.jit(each, compiler_options={"xla_backend_optimization_level": 1})
+    return jax.jit(jax.vmap(functools.partial(sample_scene, held_out=held_out)))
 
 
 @functools.cache
