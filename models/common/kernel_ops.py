@@ -51,13 +51,14 @@ def matmul(
     kernel: jax.Array | QTensor | TiledWeight,
     *,
     bias: jax.Array | None = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """As `layers.matmul`; operands that are both quantised are multiplied by a kernel."""
     if isinstance(x, Fp8Rows) and isinstance(kernel, QTensor | TiledWeight):
-        return quantized_matmul(x, kernel, bias=bias)
+        return quantized_matmul(x, kernel, bias=bias, activation=activation)
     if isinstance(x, Fp8Rows) or isinstance(kernel, TiledWeight):
         raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
-    return layers.matmul(x, kernel, bias=bias)
+    return layers.matmul(x, kernel, bias=bias, activation=activation)
 
 
 def tile_kernels(params: Any) -> Any:
