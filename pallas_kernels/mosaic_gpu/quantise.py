@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic_gpu.operands import STEP, look_up_table
+from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_program import program
 from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.quantiser_task import (
     default_config,
     words_held,
 )
+from pallas_kernels.mosaic_gpu.tables import look_up_table
 from pallas_kernels.rows import Fp8Rows
 from sdq.formats import Format
 

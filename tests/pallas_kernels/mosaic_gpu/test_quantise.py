@@ -10,11 +10,11 @@ import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu import quantise, quantiser_program
-from pallas_kernels.mosaic_gpu.operands import look_up_table
 from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks
 from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
 from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
 from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
+from pallas_kernels.mosaic_gpu.tables import look_up_table
 from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
 from tests.pallas_kernels import deviceless
