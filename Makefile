@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 OUT ?= out
 TESTS ?= tests
+EXTRAS ?= test,dev
 
 .PHONY: demo test check slow bench clean
 
@@ -16,10 +17,10 @@ demo: $(STAMP)  ## sample three prompts with 4-bit weights and activations, besi
 	@echo "open $(OUT)/demo/report.html in a browser"
 
 test: $(STAMP)  ## everything but the slow tests
-	$(BIN)/python -m pytest -q -n auto $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(TESTS)
 
 slow: $(STAMP)  ## everything
-	$(BIN)/python -m pytest -q -n auto --slow
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --slow
 
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -37,5 +38,5 @@ $(STAMP): pyproject.toml
 	@echo "setting up $(VENV) (a minute or two)"
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	@$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@

@@ -1,5 +1,21 @@
 """Kernels for GPU and TPU that read sdq's formats directly. Knows sdq, never models."""
 
 from pallas_kernels.api import Explanation, quantized_matmul, supports, which
+from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
+from pallas_kernels.quantize import Quantized, quantize_rows
+from pallas_kernels.reference import ACTIVATIONS
+from pallas_kernels.rows import Fp8Rows, fp8_rows
 
-__all__ = ["Explanation", "quantized_matmul", "supports", "which"]
+__all__ = [
+    "ACTIVATIONS",
+    "Explanation",
+    "Fp8Rows",
+    "Quantized",
+    "TiledWeight",
+    "fp8_rows",
+    "quantize_rows",
+    "quantized_matmul",
+    "supports",
+    "tile_weight",
+    "which",
+]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import device, reference, tuning, xla_fp8
-from pallas_kernels.mosaic_gpu import operands
+from pallas_kernels.mosaic_gpu import operands, tables
 from pallas_kernels.mosaic_gpu.config import MODES, Config
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
@@ -121,13 +121,9 @@ def supports(
 
 
 def _mosaic_gpu_misfit(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> str | None:
-    if jax.__version_info__ < (0, 11):
-        return f"needs jax 0.11 or newer, this is {jax.__version__}"
-    if not (here := device.current()).is_hopper:
-        return f"needs a Hopper GPU, not {here.kind}"
-    if reason := _fp8_misfit(x):
+    if reason := device.without_mosaic_gpu() or _fp8_misfit(x):
         return reason
-    if reason := operands.misfit(w.format):
+    if reason := tables.misfit(w.format):
         return f"w: {reason}"
     if x.shape[-1] % operands.STEP:
         return f"K = {x.shape[-1]} is not a multiple of {operands.STEP}"

@@ -28,6 +28,14 @@ class Device:
         return self.platform == "gpu" and any(name in self.kind for name in HOPPER)
 
 
+def without_mosaic_gpu() -> str | None:
+    """Why kernels written in Mosaic GPU do not run here; None if they do."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or newer, this is {jax.__version__}"
+    here = current()
+    return None if here.is_hopper else f"needs a Hopper GPU, not {here.kind}"
+
+
 def current() -> Device:
     """For which the program that is traced now is meant."""
     mesh = jax.sharding.get_abstract_mesh()

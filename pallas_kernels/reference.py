@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rows import Fp8Rows, deinterleave, row_scales
+from pallas_kernels.rows import Fp8Rows, numbers
 from sdq import QTensor, dequantize
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
@@ -48,6 +48,5 @@ def _numbers(x: jax.Array | QTensor | Fp8Rows) -> jax.Array:
     if isinstance(x, QTensor):
         return dequantize(x, jnp.float32)
     if isinstance(x, Fp8Rows):
-        values = deinterleave(x.values) if x.interleaved else x.values
-        return values.astype(jnp.float32) * row_scales(x.exponents, bad=jnp.nan)
+        return numbers(x)
     return x.astype(jnp.float32)

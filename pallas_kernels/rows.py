@@ -34,6 +34,12 @@ class Fp8Rows:
         return self.values.shape
 
 
+def numbers(rows: Fp8Rows) -> jax.Array:
+    """What the rows stand for, float32, channels in their own order."""
+    values = deinterleave(rows.values) if rows.interleaved else rows.values
+    return values.astype(jnp.float32) * row_scales(rows.exponents, bad=jnp.nan)
+
+
 def fp8_rows(q: QTensor) -> Fp8Rows:
     """A dialect QTensor quantised along its last axis, decoded without rounding.
 

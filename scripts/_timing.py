@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def median_seconds(function: Callable, runs: int) -> float:
@@ -43,3 +44,11 @@ def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.
         return function()
 
     return median_seconds(queue, runs) / calls
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    x = jnp.ones((1 << 28,), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    seconds = back_to_back_seconds(lambda: copy(x))
+    return 2 * x.nbytes / seconds

@@ -43,16 +43,25 @@ def candidates(mode: str, m: int) -> Iterator[Config]:
             yield dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
         return
     shapes: tuple[dict[str, int], ...] = (
-        ({"tile_m": 256}, {"tile_m": 192}, {"tile_m": 128, "rows_n": 128}, {"tile_m": 224})
+        (
+            {"tile_m": 256},
+            {"tile_m": 224},
+            {"tile_m": 192},
+            {"tile_m": 128, "rows_n": 128},
+            {"tile_m": 128, "warpgroups": 3},
+            {"tile_m": 160, "warpgroups": 3},
+        )
         if mode == "fast"
-        else ({"tile_m": 192}, {"tile_m": 224}, {"tile_m": 128, "parts": 1})
+        else (
+            {"tile_m": 192},
+            {"tile_m": 224},
+            {"tile_m": 128, "parts": 1},
+            {"tile_m": 96, "parts": 1, "warpgroups": 3},
+        )
     )
-    for shape in shapes:
-        for cluster in (1, 2):
-            for width in (4, 8, 16):
-                changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
-                if (config := fitted(changed, 2)) != base:
-                    yield config
+    for shape, cluster, width in itertools.product(shapes, (1, 2), (4, 16)):
+        changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
+        yield fitted(changed, 2)
 
 
 def operands(linear: Linear) -> tuple[Fp8Rows, Any]:

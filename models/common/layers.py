@@ -16,21 +16,27 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
+from pallas_kernels import ACTIVATIONS
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
 
 def matmul(
-    x: jax.Array | QTensor, kernel: jax.Array | QTensor, *, bias: jax.Array | None = None
+    x: jax.Array | QTensor,
+    kernel: jax.Array | QTensor,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
 ) -> jax.Array:
     """x `[..., in]` times kernel `[in, out]` plus bias, in x's dtype; products summed in float32.
 
-    A QTensor stands for its dequantised values in its own dtype.
+    Then the activation, one of `pallas_kernels.ACTIVATIONS`. A QTensor stands for its dequantised
+    values in its own dtype.
     """
     x, kernel = _dense(x), _dense(kernel)
     # A float32 result would be a float32 cotangent too, and the backward pass three times slower.
     y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    return y if bias is None else _plus(y, bias)
+    return ACTIVATIONS[activation](y if bias is None else _plus(y, bias))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +44,8 @@ class Ops:
     """The functions that a model calls for its heavy work.
 
     Attributes:
-      matmul: `(x, kernel, *, bias) -> y`, for every linear; each operand an array or a QTensor.
+      matmul: `(x, kernel, *, bias, activation) -> y`, for every linear; each operand an array or a
+        QTensor, or whatever else the quantizer and the parameters hold.
       attention: `(q, k, v) -> out`, all `[B, S, heads, width]`.
       quantizer: of the inputs of linears, also where several linears read one.
     """
@@ -49,10 +56,11 @@ class Ops:
 
 
 class Linear(nn.Module):
-    """y = x kernel + bias, through `ops.matmul`; the kernel leaf is an array or a QTensor."""
+    """activation(x kernel + bias), through `ops.matmul`; the kernel is an array or a QTensor."""
 
     features: int
     ops: Ops
+    activation: str | None = None
 
     @nn.compact
     def __call__(self, x: Input) -> jax.Array:
@@ -63,8 +71,8 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if isinstance(x, Decomposed):
             product = functools.partial(self.ops.matmul, kernel=kernel)
-            return _plus(multiply(x, product), bias)
-        return self.ops.matmul(x, kernel, bias=bias)
+            return ACTIVATIONS[self.activation](_plus(multiply(x, product), bias))
+        return self.ops.matmul(x, kernel, bias=bias, activation=self.activation)
 
 
 def quantizable(

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 import jax
 
+from pallas_kernels import Fp8Rows
 from sdq import QTensor, fake_quantize, formats, seda
 from sdq.decompose import Decomposed, residual
 from sdq.rotate import hadamard, largest_group
 from sdq.rules import check_pattern
 
-Input = jax.Array | QTensor | Decomposed
+Input = jax.Array | QTensor | Fp8Rows | Decomposed
 
 
 class Quantizer(Protocol):

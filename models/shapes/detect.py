@@ -112,6 +112,7 @@ def detect(video: jax.Array) -> Detection:
     )
 
 
+@jax.jit
 def verdicts(scene: Scene, found: Detection) -> dict[str, jax.Array]:
     """Which attributes of the scene's caption the clip shows: bools `[]` by name.
 

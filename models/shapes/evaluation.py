@@ -1,6 +1,7 @@
 """What `sdq evaluate --model shapes` does: recipes against bf16, as means with standard errors."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -60,20 +61,43 @@ def evaluate(
       A `summary` by name, for JSON: KEEP is the reference, FLOOR the noise floor, then each recipe
       by its words.
     """
-    params = load(checkpoint)
-    models = {FLOOR: Model(reordered(params), settings)}
-    for recipe in dict.fromkeys([*chosen, *([against] if against else [])]):
-        models[str(recipe)] = Model(*recipes.apply(params, recipe, settings))
-    scores = score(Model(params, settings), models, task)
-    reference = scores.pop("reference")
+    if against is None:
+        scores, work = _measured((FLOOR, *chosen), settings, task, checkpoint)
+    else:
+        scores, work = _base((FLOOR, against), settings, task, os.fspath(checkpoint))
+        rest = [recipe for recipe in chosen if recipe != against]
+        found = _measured(rest, settings, task, checkpoint) if rest else ({}, {})
+        scores, work = scores | found[0], work | found[1]
+    reference = scores["reference"]
     return {KEEP: summary(reference, reference)} | {
         name: {
-            "extra_work": recipes.added_work(params, models[name].settings),
-            **summary(other, reference),
-            **({"against": differences(other, scores[str(against)])} if against else {}),
+            "extra_work": work[name],
+            **summary(scores[name], reference),
+            **({"against": differences(scores[name], scores[str(against)])} if against else {}),
         }
-        for name, other in scores.items()
+        for name in work
     }
+
+
+def _measured(
+    chosen: Sequence[Recipe | str], settings: Settings, task: Task, checkpoint: str | os.PathLike
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """Scores of recipes or FLOOR, and those of the "reference"; and the work that each adds."""
+    params = load(checkpoint)
+    models = {
+        str(recipe): Model(*recipes.apply(params, recipe, settings))
+        if isinstance(recipe, Recipe)
+        else Model(reordered(params), settings)
+        for recipe in dict.fromkeys(chosen)
+    }
+    work = {name: recipes.added_work(params, model.settings) for name, model in models.items()}
+    return score(Model(params, settings), models, task), work
+
+
+@functools.lru_cache(maxsize=1)
+def _base(*arguments: Any) -> tuple[dict[str, Scores], dict[str, float]]:
+    """What a table's rows are compared with, measured once for all of them."""
+    return _measured(*arguments)
 
 
 def conditions(

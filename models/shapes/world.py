@@ -5,6 +5,7 @@ within bounds that keep every thing inside the frame and every attribute recogni
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,7 @@ class Scene:
     phase: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("held_out", "two"))
 def sample_scene(key: jax.Array, *, held_out: bool = False, two: float = 0.5) -> Scene:
     """A random scene.
 
@@ -140,12 +142,14 @@ def caption_of(scene: Scene) -> Caption:
     return Caption(things, COLOURS[scene.background_colour], BACKGROUNDS[scene.background])
 
 
+@jax.jit
 def is_held_out(scene: Scene) -> jax.Array:
     """Whether training never sees this scene's caption, bool `[]`."""
     said = {name: getattr(scene, name) for name in ("count", "size", "colour", "shape", "motion")}
     return (_code(said) + scene.background_colour + scene.background) % HELD_OUT == 0
 
 
+@jax.jit
 def caption_tokens(scene: Scene) -> jax.Array:
     """What `tokenize` makes of the scene's caption, int32 `[CAPTION_TOKENS]`."""
 
@@ -173,6 +177,7 @@ def caption_tokens(scene: Scene) -> jax.Array:
     return jnp.where(scene.count == 2, both, alone)
 
 
+@jax.jit
 def tracks(scene: Scene) -> tuple[jax.Array, jax.Array]:
     """Where things are: centres float32 `[FRAMES, 2, 2]` (thing, (x, y)), radii `[FRAMES, 2]`."""
     time = jnp.linspace(0.0, 1.0, FRAMES)[:, None]
@@ -222,6 +227,7 @@ def _code(said: dict[str, jax.Array]) -> jax.Array:
     return code[0] + jnp.where(said["count"] == 2, code[1], 0)
 
 
+@jax.jit
 def _placed(key: jax.Array, said: dict[str, jax.Array]) -> Scene:
     """A scene that shows what is said, two things so that both can be seen."""
     keys = jax.random.split(key, 3)

@@ -221,9 +221,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         quantizer = self.ops.quantizer
-        up = Linear(self.config.ffn_width, self.ops, name="up")
+        up = Linear(self.config.ffn_width, self.ops, activation="gelu", name="up")
         down = Linear(self.config.width, self.ops, name="down")
-        h = jax.nn.gelu(up(_quantized(self, x, "ffn/up", state)), approximate=True)
+        h = up(_quantized(self, x, "ffn/up", state))
         state = quantizer.saw_input(x, "blocks/ffn/up", state)
         y = down(_quantized(self, h, "ffn/down", state))
         return y, quantizer.saw_input(h, "blocks/ffn/down", state)

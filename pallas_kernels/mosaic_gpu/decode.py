@@ -30,7 +30,7 @@ def decode_magnitudes(words: jax.Array, metadata: Any, table: Any, *, halves: in
     Args:
       words: uint32 `[rows, tile_k / 8]` in `word_layout()`.
       metadata: SMEM ref, uint32 `[rows * halves]`.
-      table: SMEM ref, uint32 of `operands.look_up_table`.
+      table: SMEM ref, uint32 of `tables.look_up_table`.
       halves: words of metadata of a row.
     Returns:
       e4m3 `[rows, tile_k]` in `Layout.WGMMA_8BIT`.

@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
-from pallas_kernels.mosaic_gpu.operands import TiledWeight, look_up_table
+from pallas_kernels.mosaic_gpu.operands import TiledWeight
+from pallas_kernels.mosaic_gpu.tables import look_up_table
 
 PRODUCER_REGISTERS = 40
 REGISTERS = 512  # of a thread of each warpgroup of a full SM

@@ -17,10 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pallas_kernels.mosaic_gpu import tables
 from pallas_kernels.mosaic_gpu.config import TILE_K
-from sdq import QTensor, formatbook, qtensor
+from sdq import QTensor, qtensor
 from sdq.formats import Format
 
 STEP = 32  # channels of one wgmma
@@ -31,7 +31,7 @@ TILE_M = 8  # rows of x and of the result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TiledWeight:
-    """A dialect QTensor `[N, K]` as the matmul reads it, filled up to whole tiles with zeros.
+    """A QTensor `[N, K]` as the matmul reads it, filled up to whole tiles with zeros.
 
     Attributes:
       words: codes, uint32 `[rows, tiles * 16]`.
@@ -50,18 +50,14 @@ class TiledWeight:
     length: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel of a linear: `[*lead, K, N]`."""
+        return (*self.words.shape[:-2], self.length, self.count)
+
+    @property
     def halves(self) -> int:
         """Words of metadata of a row and tile."""
         return halves_of(self.format)
-
-
-def misfit(fmt: Format) -> str | None:
-    """Why a format's numbers cannot be stored so; None if they can."""
-    if fmt.family != "dialect":
-        return f"{fmt}: only dialect formats are decoded in registers"
-    if (fmt.block or 0) % 16:
-        return f"{fmt}: blocks must be multiples of 16"
-    return None
 
 
 def halves_of(fmt: Format) -> int:
@@ -73,13 +69,14 @@ def halves_of(fmt: Format) -> int:
 def tile_weight(q: QTensor) -> TiledWeight:
     """A QTensor, its quantised axis K and one other axis N, in the kernel's order."""
     encoded = qtensor.unpack(q)
-    assert q.format.block is not None and encoded.outer is not None
+    assert q.format.block is not None
+    bytes_, exponents = tables.metadata(encoded, q.format)
     codes = qtensor.joined(encoded.codes)[:, : q.length]
     count, tiles = len(codes), -(-q.length // TILE_K)
     more = -count % TILE_N
     codes = jnp.pad(codes, ((0, more), (0, tiles * TILE_K - q.length))).astype(jnp.uint32)
     per_byte = max(1, q.format.block // STEP)  # steps that share a byte
-    metadata = jnp.repeat(encoded.scales, per_byte, axis=-1)
+    metadata = jnp.repeat(bytes_, per_byte, axis=-1)
     halves = halves_of(q.format)
     width = tiles * 4 * halves
     missing = max(0, width - metadata.shape[1])
@@ -88,7 +85,7 @@ def tile_weight(q: QTensor) -> TiledWeight:
     return TiledWeight(
         words=_words(codes.reshape(*codes.shape[:-1], -1, 8)),
         metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
-        exponents=jnp.pad(encoded.outer[:, 0], (0, more)),
+        exponents=jnp.pad(exponents, (0, more)),
         format=q.format,
         count=count,
         length=q.length,
@@ -113,9 +110,3 @@ def _joined_bytes(parts: jax.Array) -> jax.Array:
     return functools.reduce(
         jnp.bitwise_or, [parts[..., i].astype(jnp.uint32) << (8 * i) for i in range(4)]
     )
-
-
-def look_up_table(fmt: Format) -> np.ndarray:
-    """uint32 `[512]`: two words of four e4m3 magnitudes for each metadata byte."""
-    table = formatbook.fp8_table(formatbook.BOOKS[fmt.book or ""])
-    return np.ascontiguousarray(table).view(np.uint32).reshape(-1)

@@ -1,6 +1,6 @@
 """Compile kernels for an H100 where there is none, and read what the assembler says of them.
 
-    python -m tests.pallas_kernels.deviceless FOLDER '[{"m": 4096, "n": 5120, "k": 5120}]'
+    python -m tests.pallas_kernels.deviceless FOLDER matmul '[{"m": 4096, "n": 5120, "k": 5120}]'
 
 Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (the extra `aot`). A process of its own,
 because both the platforms and the folder for dumps are read from the environment.
@@ -14,7 +14,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 CONFIG = pathlib.Path(__file__).parent / "h100.txtpb"
@@ -42,10 +42,12 @@ def is_possible() -> bool:
     return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
-def compiled(folder: pathlib.Path, cases: Sequence[dict[str, Any]]) -> list[Report]:
-    """Compile `mosaic_gpu.matmul` for each case: arguments of `compile_matmul`."""
+def compiled(
+    folder: pathlib.Path, cases: Sequence[dict[str, Any]], kernel: str = "matmul"
+) -> list[Report]:
+    """Compile a kernel for each case: arguments of its function in COMPILERS."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_ROOT": _cuda_root()}
-    command = [sys.executable, "-m", __name__, str(folder), json.dumps(list(cases))]
+    command = [sys.executable, "-m", __name__, str(folder), kernel, json.dumps(list(cases))]
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -84,7 +86,6 @@ def compile_matmul(
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
 
     import sdq
     from pallas_kernels import quantized_matmul
@@ -92,10 +93,6 @@ def compile_matmul(
     from pallas_kernels.mosaic_gpu.operands import tile_weight
     from pallas_kernels.rows import Fp8Rows
 
-    device = topologies.get_topology_desc(
-        platform="cuda", target_config=CONFIG.read_text(), topology="1x1x1"
-    ).devices
-    mesh = jax.sharding.Mesh(np.array(device), ("x",))
     q = jax.eval_shape(lambda w: sdq.quantize(w, format), jax.ShapeDtypeStruct((n, k), jnp.float32))
     shapes = (
         Fp8Rows(
@@ -124,19 +121,89 @@ def compile_matmul(
             config=config,
         )
 
+    _compile(product, *shapes)
+
+
+def compile_quantiser(
+    m: int,
+    k: int,
+    format: str = "sdq32:16",
+    books: int = 0,
+    residuals: int = 0,
+    batch: int = 0,
+    metadata: bool = True,
+    **changes: Any,
+) -> None:
+    """One case, for an H100; `changes` are of the default Config.
+
+    Args:
+      m, k: of x.
+      format: of the result.
+      books: sub-formatbooks of a group.
+      residuals: how many rows.
+      batch: of the norm in front; 0 for none.
+      metadata: whether it is wanted.
+      changes: of the default Config.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import device
+    from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks, quantise
+    from pallas_kernels.mosaic_gpu.quantiser_task import default_config
+    from sdq import formats
+
+    fmt = formats.parse(format)
+    assert fmt.block is not None
+    config = default_config(k, fmt.block, norm=batch > 0)
+    shape = jax.ShapeDtypeStruct
+    optional: dict[str, Any] = {}
+    if books:
+        group = shape((m,), jnp.int32)
+        optional["sub_formatbooks"] = SubFormatbooks(shape((65, books, 8), jnp.uint8), group)
+    if residuals:
+        optional["residual_of"] = shape((residuals,), jnp.int32)
+    gains = [shape((batch, k), jnp.float32)] * 2 if batch else []
+
+    def quantised(x: Any, optional: dict[str, Any], gains: list[Any]) -> Any:
+        return quantise(
+            x,
+            fmt,
+            **optional,
+            norm=Norm(*gains, eps=1e-6) if gains else None,
+            metadata=metadata,
+            config=dataclasses.replace(config, **changes),
+            num_sms=device.current().cores,
+        )
+
+    _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
+
+
+COMPILERS = {"matmul": compile_matmul, "quantiser": compile_quantiser}
+
+
+def _compile(function: Callable[..., Any], *shapes: Any) -> None:
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(
+        platform="cuda", target_config=CONFIG.read_text(), topology="1x1x1"
+    ).devices
+    mesh = jax.sharding.Mesh(np.array(device), ("x",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings = jax.tree.map(lambda _: replicated, shapes)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jax.jit(product, in_shardings=shardings).lower(*shapes).compile()
+        jax.jit(function, in_shardings=shardings).lower(*shapes).compile()
 
 
-def main(folder: str, cases: str) -> None:
+def main(folder: str, kernel: str, cases: str) -> None:
     """Compile every case with a folder of its own for the dumps."""
     for number, case in enumerate(json.loads(cases)):
         place = pathlib.Path(folder) / str(number)
         place.mkdir(parents=True)
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(place)
-        compile_matmul(**case)
+        COMPILERS[kernel](**case)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from sdq import dequantize, fake_quantize, packing, quantize, seda, sqnr_db
 from sdq.formatbook import SDQ32, coarse_shape_errors
 
 GRID = (3, 4, 4)
+groups = jax.jit(seda.groups, static_argnames=("anchors", "grid", "window"))
+sub_formatbooks = jax.jit(
+    seda.sub_formatbooks, static_argnames=("fmt", "count", "members", "by_block")
+)
 CANDIDATES = jnp.array([(5, 20, 40, 41), (0, 17, 47, 9)], jnp.int32)
 
 
@@ -22,7 +26,7 @@ def alike(rng):
 
 
 def test_candidates_that_would_join_an_earlier_one_are_no_anchors(alike):
-    group = np.asarray(seda.groups(alike, CANDIDATES, anchors=3, grid=GRID, least=0.3))
+    group = np.asarray(groups(alike, CANDIDATES, anchors=3, grid=GRID, least=0.3))
     for b in range(2):
         anchors = []
         for number, token in enumerate(np.asarray(CANDIDATES[b])):
@@ -39,7 +43,7 @@ def test_candidates_that_would_join_an_earlier_one_are_no_anchors(alike):
 
 def test_no_token_beyond_the_window_joins(alike):
     window = (0, 1, 4)
-    group = seda.groups(alike, CANDIDATES, anchors=4, grid=GRID, window=window, least=-2.0)
+    group = groups(alike, CANDIDATES, anchors=4, grid=GRID, window=window, least=-2.0)
     place = np.stack(np.unravel_index(np.arange(48), GRID), axis=-1)
     for b in range(2):
         members = {g: np.flatnonzero(np.asarray(group[b]) == g) for g in range(4)}
@@ -56,7 +60,7 @@ def test_no_token_beyond_the_window_joins(alike):
 
 
 def test_with_an_endless_threshold_anchors_are_alone_in_their_groups(alike):
-    group = np.asarray(seda.groups(alike, CANDIDATES, anchors=4, grid=GRID, least=1e9))
+    group = np.asarray(groups(alike, CANDIDATES, anchors=4, grid=GRID, least=1e9))
     assert (group != 4).sum() == 8
     for b in range(2):
         np.testing.assert_array_equal(group[b, CANDIDATES[b]], np.arange(4))
@@ -67,7 +71,7 @@ def test_with_an_endless_threshold_anchors_are_alone_in_their_groups(alike):
 )
 def test_impossible_groups_are_refused(alike, options, words):
     with pytest.raises(ValueError, match=words):
-        seda.groups(alike, CANDIDATES, **({"anchors": 2, "grid": GRID, "least": 0.0} | options))
+        groups(alike, CANDIDATES, **({"anchors": 2, "grid": GRID, "least": 0.0} | options))
 
 
 @pytest.fixture
@@ -109,14 +113,14 @@ def numpy_sub_formatbooks(x, group, count, members, by_block):
 def test_a_group_allows_the_members_with_the_least_summed_errors(tokens, members, by_block):
     x, group = tokens
     options = {"count": 3, "members": members, "by_block": by_block}
-    got = seda.sub_formatbooks(x, group, "sdq32:16", **options)
+    got = sub_formatbooks(x, group, "sdq32:16", **options)
     np.testing.assert_array_equal(got, numpy_sub_formatbooks(x, group, **options))
 
 
 @pytest.mark.parametrize("by_block", [False, True])
 def test_tokens_of_a_group_use_its_shapes_and_the_others_choose_freely(tokens, by_block):
     x, group = tokens
-    books = seda.sub_formatbooks(x, group, "sdq32:16", count=3, by_block=by_block)
+    books = sub_formatbooks(x, group, "sdq32:16", count=3, by_block=by_block)
     mask = seda.allowed(books, group)
     q = quantize(x, "sdq32:16", select="two_stage", allowed=mask)
     _, ids = packing.unpack_metadata(q.scales)
@@ -132,7 +136,7 @@ def test_tokens_of_a_group_use_its_shapes_and_the_others_choose_freely(tokens, b
 
 def test_one_shape_a_top_leaves_only_the_maximum_to_look_at(tokens):
     x, group = tokens
-    mask = seda.allowed(seda.sub_formatbooks(x, group, "sdq32:16", count=3), group)
+    mask = seda.allowed(sub_formatbooks(x, group, "sdq32:16", count=3), group)
     grouped = np.asarray(group) != 3
     # Other elements below the maximum change nothing in the choice.
     blocks = x.reshape(2, 60, -1, 16)
@@ -150,7 +154,7 @@ def test_sharing_costs_little_and_more_members_or_books_cost_less(tokens):
     free = float(sqnr_db(x, fake_quantize(x, "sdq32:16", select="two_stage")))
 
     def cost(**options):
-        books = seda.sub_formatbooks(x, group, "sdq32:16", count=3, **options)
+        books = sub_formatbooks(x, group, "sdq32:16", count=3, **options)
         mask = seda.allowed(books, group)
         shared = dequantize(quantize(x, "sdq32:16", select="two_stage", allowed=mask))
         return free - float(sqnr_db(x, shared))
@@ -163,15 +167,15 @@ def test_sums_do_not_overflow():
     """Many tokens with wide rows, all in one group: the same choice as one token has."""
     x = jax.random.normal(jax.random.key(0), (1, 1, 512))
     many = jnp.broadcast_to(x, (1, 40_000, 512))
-    one = seda.sub_formatbooks(x, jnp.zeros((1, 1), jnp.int32), "sdq32:16", count=1)
-    all_ = seda.sub_formatbooks(many, jnp.zeros((1, 40_000), jnp.int32), "sdq32:16", count=1)
+    one = sub_formatbooks(x, jnp.zeros((1, 1), jnp.int32), "sdq32:16", count=1)
+    all_ = sub_formatbooks(many, jnp.zeros((1, 40_000), jnp.int32), "sdq32:16", count=1)
     np.testing.assert_array_equal(one, all_)
 
 
 @pytest.mark.parametrize("members", [0, 5])
 def test_impossible_members_are_refused(tokens, members):
     with pytest.raises(ValueError, match="members"):
-        seda.sub_formatbooks(*tokens, "sdq32:16", count=3, members=members)
+        sub_formatbooks(*tokens, "sdq32:16", count=3, members=members)
 
 
 def test_allowed_is_checked():

@@ -49,12 +49,16 @@ def test_linear_refuses_a_kernel_of_another_shape(linear):
 def test_the_matmul_is_an_argument(linear):
     seen = []
 
-    def spy(x, kernel, *, bias=None):
-        seen.append((x.shape, kernel.shape, bias.shape))
-        return matmul(x, kernel, bias=bias)
+    def spy(x, kernel, *, bias, activation):
+        seen.append((x.shape, kernel.shape, bias.shape, activation))
+        return matmul(x, kernel, bias=bias, activation=activation)
 
-    Linear(8, Ops(matmul=spy)).apply({"params": linear}, jnp.ones((4, 32)))
-    assert seen == [((4, 32), (32, 8), (8,))]
+    x = jnp.ones((4, 32))
+    y = Linear(8, Ops(matmul=spy)).apply({"params": linear}, x)
+    h = Linear(8, Ops(matmul=spy), activation="gelu").apply({"params": linear}, x)
+    shapes = (4, 32), (32, 8), (8,)
+    assert seen == [(*shapes, None), (*shapes, "gelu")]
+    np.testing.assert_array_equal(h, jax.nn.gelu(y, approximate=True))
 
 
 def test_bfloat16_products_are_summed_in_float32():

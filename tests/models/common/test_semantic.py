@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ def quantizer(**options):
     return SemanticDialect(rules=RULES, grid=GRID, sites=video_inputs(TINY), **options)
 
 
-def run(quantizer, steps=1, layers=TINY.layers):
+@functools.cache  # compiling takes longer than everything else
+def run(quantizer, steps=1):
     """Outputs and states of several steps on the same input."""
     params, (x, t, text, _) = random_params(), inputs()
     model = Wan(TINY, Ops(quantizer=quantizer), jnp.float32)
@@ -32,7 +34,7 @@ def run(quantizer, steps=1, layers=TINY.layers):
         state = quantizer.at_step(state, step)
         return model.apply({"params": params}, x, t, text, state=state)
 
-    state = quantizer.initial_state(layers, len(x))
+    state = quantizer.initial_state(TINY.layers, len(x))
     outs, states = [], []
     for step in range(steps):
         out, state = one(state, jnp.int32(step))

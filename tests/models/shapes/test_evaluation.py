@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import rich.console
 
+from models.common.recipes import RECIPES
+from models.shapes import evaluation
 from models.shapes.evaluation import ATTRIBUTES, summary, to_rich
-from models.shapes.scores import Scores
+from models.shapes.generate import Settings
+from models.shapes.scores import Scores, Task
 from sdq import cli
 
 
@@ -54,6 +57,32 @@ def test_inconsistency_is_a_share_by_distance():
     assert found["inconsistency"]["mean"] == pytest.approx((3 * 0.2 + 0.3) / 4)
     assert [one["mean"] for one in found["by_distance"]] == pytest.approx([0.2, 0.3])
     assert "inconsistency" not in summary(made([1] * 4), REFERENCE)
+
+
+def test_what_rows_are_compared_with_is_measured_once(monkeypatch):
+    """And gives what measuring all together gives."""
+    asked = []
+
+    def score(reference, models, task):
+        asked.append(sorted(models))
+        found = {name: made([1, 0, 1, 0], ssim=np.full(4, len(name) / 100)) for name in models}
+        return {"reference": REFERENCE, **found}
+
+    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(evaluation, "load", lambda checkpoint: None)
+    monkeypatch.setattr(evaluation, "reordered", lambda params: params)
+    monkeypatch.setattr(evaluation.recipes, "apply", lambda params, recipe, s: (params, s))
+    task, settings = Task(prompts=4, seed=77), Settings()
+    plain, nvfp4, mxfp4 = (RECIPES[name] for name in ("plain", "nvfp4", "mxfp4"))
+    first = evaluation.evaluate([plain, nvfp4], settings, task, against=nvfp4)
+    second = evaluation.evaluate([mxfp4], settings, task, against=nvfp4)
+    assert asked == [["floor", "nvfp4"], ["plain"], ["mxfp4"]]
+    assert list(first) == ["bf16", "floor", "nvfp4", "plain"]
+    assert list(second) == ["bf16", "floor", "nvfp4", "mxfp4"]
+    assert first["nvfp4"] == second["nvfp4"] and "against" in second["mxfp4"]
+    together = evaluation.evaluate([plain], settings, task)
+    assert asked[-1] == ["floor", "plain"]
+    assert first["plain"] | {"against": None} == together["plain"] | {"against": None}
 
 
 def test_a_clip_that_cannot_be_judged_in_the_reference_is_left_out_but_no_other():

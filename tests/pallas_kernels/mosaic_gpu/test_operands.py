@@ -1,10 +1,12 @@
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu.decode import decoded
-from pallas_kernels.mosaic_gpu.operands import TILE_K, look_up_table, misfit, tile_weight
+from pallas_kernels.mosaic_gpu.operands import TILE_K, tile_weight
+from pallas_kernels.mosaic_gpu.tables import look_up_table, misfit
 from pallas_kernels.rows import interleave
 from sdq import formatbook, formats
 from sdq.codecs import Encoded
@@ -52,6 +54,24 @@ def test_every_table_entry_and_code():
     np.testing.assert_array_equal(got[:, np.argsort(order)[:16]], expected)
 
 
+def test_mxfp4_is_exact_within_its_window(rng):
+    """Blocks up to 14 octaves below the largest of their row, a bad row, zeros, small scales."""
+    x = rng.randn(40, 8, 32) * np.exp2(-rng.randint(0, 13, (40, 8, 1)))
+    x[:, 3] *= 4.0
+    x[1] *= 2.0**-105
+    x[2] = 0
+    x[3, 2, 1] = np.nan
+    q = sdq.quantize(jnp.asarray(x.reshape(40, 256), jnp.float32), "mxfp4")
+    tiled = tile_weight(q)
+    numbers = decode_all(tiled).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    exponents = np.asarray(tiled.exponents[:40], np.float64)
+    good = exponents != -128
+    assert np.flatnonzero(~good).tolist() == [3]
+    expected = interleave(np.asarray(sdq.dequantize(q), np.float64)[good].astype(np.float32))
+    got = np.ldexp(numbers, exponents[:, None].astype(int))[good].astype(np.float32)
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_the_bits_are_only_reordered(rng):
     q = sdq.quantize(jnp.asarray(rng.randn(64, 256), jnp.float32), "sdq32:16")
     tiled = tile_weight(q)
@@ -61,7 +81,7 @@ def test_the_bits_are_only_reordered(rng):
         assert ones[0] == ones[1]
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "int4:32", "sdq32:8"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4:32", "sdq32:8", "nf4:64"])
 def test_what_does_not_fit_says_why(fmt):
     assert fmt in (misfit(formats.parse(fmt)) or "")
     assert misfit(formats.parse("sdq32:16")) is None

@@ -1,0 +1,79 @@
+"""Ops that run on kernels: inputs become fp8 rows, products are `pallas_kernels.quantized_matmul`.
+
+The numbers are those of the plain Ops to the last bit; products differ by how sums are rounded.
+Nothing is chosen in silence: what no kernel can do is an error that says why.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from models.common import layers
+from models.common.layers import Ops
+from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.semantic import SemanticDialect
+from pallas_kernels import Fp8Rows, TiledWeight, quantize_rows, quantized_matmul, tile_weight
+from sdq import QTensor
+from sdq.rules import is_qtensor
+
+
+def on_kernels(ops: Ops) -> Ops:
+    """The same Ops with kernels for rounding and products.
+
+    Raises:
+      ValueError: inputs are not quantised, or their blocks choose otherwise than in two stages.
+    """
+    quantizer = ops.quantizer
+    if not isinstance(quantizer, InputQuantizer | SemanticDialect):
+        raise ValueError(f"quantizer: {type(quantizer).__name__} quantises no inputs")
+    for rule in quantizer.rules:
+        if rule.rule not in (None, "two_stage"):
+            raise ValueError(f"select: kernels choose in two stages, not by {rule.rule!r}")
+    return dataclasses.replace(
+        ops, matmul=matmul, quantizer=dataclasses.replace(quantizer, rounding=rounding)
+    )
+
+
+def rounding(
+    x: jax.Array,
+    rule: SiteRule,
+    sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
+    tokens: jax.Array | None = None,
+) -> tuple[Fp8Rows, Fp8Rows | None]:
+    """A `quantizer.Rounding`."""
+    assert rule.format is not None
+    return quantize_rows(x, rule.format, sub_formatbooks=sub_formatbooks, tokens=tokens)
+
+
+def matmul(
+    x: jax.Array | QTensor | Fp8Rows,
+    kernel: jax.Array | QTensor | TiledWeight,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+) -> jax.Array:
+    """As `layers.matmul`; operands that are both quantised are multiplied by a kernel."""
+    if isinstance(x, Fp8Rows) and isinstance(kernel, QTensor | TiledWeight):
+        return quantized_matmul(x, kernel, bias=bias, activation=activation)
+    if isinstance(x, Fp8Rows) or isinstance(kernel, TiledWeight):
+        raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
+    return layers.matmul(x, kernel, bias=bias, activation=activation)
+
+
+def tile_kernels(params: Any) -> Any:
+    """Parameters whose QTensors `[*lead, K, N]` are reordered once for the Hopper kernel."""
+
+    def tiled(leaf: Any) -> Any:
+        if not is_qtensor(leaf):
+            return leaf
+        tile = tile_weight
+        for _ in range(leaf.ndim - 2):
+            tile = jax.vmap(tile)
+        return tile(leaf)
+
+    return jax.tree.map(tiled, params, is_leaf=is_qtensor)
+
+
+def _kind(operand: Any) -> str:
+    return f"{type(operand).__name__} {list(operand.shape)}"

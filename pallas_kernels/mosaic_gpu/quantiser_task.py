@@ -1,0 +1,157 @@
+"""What a quantiser's program is written for: the shapes, the format and how the work is cut."""
+
+import dataclasses
+
+from pallas_kernels.mosaic_gpu import quantiser_tables as tables
+from sdq import formatbook
+from sdq.formatbook import Book
+from sdq.formats import Format
+
+WARP = 32
+DIALECTS = 256
+DIALECT_BYTES = 8
+# Threads of a row: the words of x that each may hold before more threads share the row.
+WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
+WORDS_WITH_NORM = 32  # whose gains and shifts want registers too
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      threads: of a row, a power of two of at least a warp.
+      warps: of a thread block, a multiple of 4.
+      columns: copies of the table; 16 leave no bank conflict.
+      exchange: with blocks of 16, whether neighbours swap words to store 16 bytes at once, else
+        each stores twice 8.
+    """
+
+    threads: int = 128
+    warps: int = 16
+    columns: int = 16
+    exchange: bool = True
+
+    def __post_init__(self):
+        """Refuse what no program can be written for."""
+        together = self.warps * WARP
+        for name, value in (("threads", self.threads), ("columns", self.columns)):
+            if value <= 0 or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two, got {value}")
+        if self.warps % 4 or not 0 < self.warps <= 32:
+            raise ValueError(f"warps: expected a multiple of 4 up to 32, got {self.warps}")
+        if not WARP <= self.threads <= together or together % self.threads:
+            raise ValueError(
+                f"threads: expected a divisor of {together} from 32, got {self.threads}"
+            )
+        if self.threads > WARP and together // self.threads > 15:
+            raise ValueError(f"threads: at most 15 rows have a barrier each, got {self}")
+        if self.columns > 16:
+            raise ValueError(f"columns: expected at most 16, got {self.columns}")
+
+
+def default_config(length: int, block: int, *, norm: bool = False) -> Config:
+    """The fewest threads a row that leave each few enough words; measured on an H100."""
+    for threads, most in WORDS_HELD.items():
+        if words_held(length, block, threads) <= (min(most, WORDS_WITH_NORM) if norm else most):
+            return Config(threads=threads)
+    return Config(threads=max(WORDS_HELD))
+
+
+def words_held(length: int, block: int, threads: int) -> int:
+    """Registers for x of a thread, two numbers each."""
+    return -(-length // (block * threads)) * block // 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """All that the text depends on.
+
+    Attributes:
+      rows: M.
+      length: K, a multiple of 32.
+      format: a dialect format with blocks of 16 or 32.
+      config: how.
+      metadata: whether the blocks' bytes are written.
+      books: sub-formatbooks of a group: none, 1, or one for each block.
+      residuals: rows that follow the M: what quantising left over of some of them.
+      eps: of the layer norm in front; None for none.
+      batch: how many rows of gains and shifts that has, each for M / batch rows.
+    """
+
+    rows: int
+    length: int
+    format: Format
+    config: Config
+    metadata: bool
+    books: int = 0
+    residuals: int = 0
+    eps: float | None = None
+    batch: int = 1
+
+    @property
+    def block(self) -> int:
+        """Channels of a block."""
+        assert self.format.block is not None
+        return self.format.block
+
+    @property
+    def blocks(self) -> int:
+        """Of a row."""
+        return self.length // self.block
+
+    @property
+    def slots(self) -> int:
+        """Blocks of a thread, the last of which may not exist."""
+        return -(-self.blocks // self.config.threads)
+
+    @property
+    def book(self) -> Book:
+        """The dialects."""
+        return formatbook.BOOKS[self.format.book or ""]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of a thread block."""
+        return self.config.warps * WARP // self.config.threads
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the text calls $0, $1, ...: 64-bit addresses, and shared memory's."""
+        optional = {
+            "books": self.books,
+            "group": self.books,
+            "tokens": self.residuals,
+            "modulation": self.eps is not None,
+            "values": True,
+            "exponents": True,
+            "residual_values": self.residuals,
+            "residual_exponents": self.residuals,
+            "metadata": self.metadata,
+        }
+        present = [name for name, is_there in optional.items() if is_there]
+        return ("x", "table", "dialects", *present, "shared")
+
+    def argument(self, name: str) -> str:
+        """One of them."""
+        return f"${self.arguments.index(name)}"
+
+    @property
+    def table_pairs(self) -> int:
+        """Entries of the table, copies counted."""
+        return len(self.book.tops) * tables.ENTRIES * self.config.columns
+
+    @property
+    def dialects_at(self) -> int:
+        """Where shared memory holds the dialects, in bytes."""
+        return self.table_pairs * tables.ENTRY_BYTES
+
+    @property
+    def warps_at(self) -> int:
+        """Where shared memory holds what warps tell each other, twice: by turns."""
+        return self.dialects_at + DIALECTS * DIALECT_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory."""
+        return self.warps_at + 2 * 4 * self.config.warps

@@ -1,0 +1,170 @@
+"""One block of a Wan transformer at full length: bf16 against 4 bits on kernels.
+
+    python -m scripts.bench_block --out docs/results
+
+Random weights, one video, 512 tokens of text, cuDNN's attention. SemanticDialect decomposes a tenth
+of the tokens and shares sub-formatbooks at every input, which is more than a plan asks of most
+blocks; its step is one of those that neither look nor learn.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.common.attention import attention
+from models.common.kernel_ops import on_kernels, tile_kernels
+from models.common.layers import Ops
+from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.recipes import INPUTS, KERNELS
+from models.common.rope import rope_table
+from models.common.semantic import Decomposition, SemanticDialect, Sharing
+from models.wan.config import SIZES, WanConfig
+from models.wan.modeling import Block
+from models.wan.sites import VIDEO_SITES, video_inputs
+from pallas_kernels import device
+from scripts import _results as results
+from scripts._timing import back_to_back_seconds, peak_bytes
+from sdq import Rule, quantize_params, resolve
+
+FORMAT = "sdq32:16"
+TEXT = 512
+RULES = (SiteRule(INPUTS, FORMAT),)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One way to run the block; `times_faster` than bf16."""
+
+    name: str
+    milliseconds: float
+    times_faster: float
+    peak_mib: float
+
+
+def random_block(config: WanConfig, arguments: tuple[Any, ...]) -> Any:
+    """Parameters in bf16, kernels with the spread that keeps numbers in range."""
+    shapes = jax.eval_shape(Block(config, Ops()).init, jax.random.key(0), *arguments)["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def leaf(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        spread = shape.shape[0] ** -0.5 if len(shape.shape) == 2 else 0.02
+        return (spread * jax.random.normal(key, shape.shape)).astype(jnp.bfloat16)
+
+    return jax.tree.unflatten(tree, [leaf(*both) for both in zip(keys, leaves, strict=True)])
+
+
+def quantised(params: Any) -> Any:
+    """4-bit kernels in the order of the Hopper kernel."""
+    tree = {"blocks": params}
+    plan = resolve([Rule(KERNELS, FORMAT, select="two_stage"), Rule(r".*", None)], tree)
+    return tile_kernels(quantize_params(tree, plan))["blocks"]
+
+
+def semantic_dialect(config: WanConfig, grid: tuple[int, int, int], tokens: int) -> SemanticDialect:
+    """All parts on."""
+    return SemanticDialect(
+        rules=RULES,
+        grid=grid,
+        sites=video_inputs(config),
+        sharing=Sharing(),
+        decomposition=Decomposition(
+            tokens=tokens // 10, layers=tuple((site, (0,)) for site in VIDEO_SITES)
+        ),
+    )
+
+
+def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result], dict[str, float]]:
+    """Whole blocks, and milliseconds of the attention alone."""
+    tokens = grid[0] * grid[1] * grid[2]
+    keys = jax.random.split(jax.random.key(1), 6)
+    x = jax.random.normal(keys[0], (1, tokens, config.width), jnp.bfloat16)
+    text = jax.random.normal(keys[1], (1, TEXT, config.width), jnp.bfloat16)
+    modulation = jax.random.normal(keys[2], (1, 1, 6, config.width))
+    rope = rope_table(grid, config.rope_widths, config.rope_theta)
+    params = random_block(config, (x, text, None, modulation, rope, None))
+    fewer = quantised(params)
+    online = semantic_dialect(config, grid, tokens)
+    state = jax.tree.map(lambda part: part[0], online.initial_state(1, 1))
+    state = online.at_step(online.at_step(state, jnp.int32(1)), jnp.int32(2))
+    ways: dict[str, tuple[Ops, Any, Any]] = {
+        "bf16": (Ops(), params, None),
+        "plain": (on_kernels(Ops(quantizer=InputQuantizer(RULES))), fewer, None),
+        "semanticdialect": (on_kernels(Ops(quantizer=online)), fewer, state),
+    }
+    found: list[Result] = []
+    for name, (ops, weights, memory) in ways.items():
+
+        def run(weights: Any, x: Any, text: Any, modulation: Any, memory: Any, ops: Ops = ops):
+            inputs = (x, text, None, modulation, rope, memory)
+            return Block(config, ops).apply({"params": weights}, *inputs)
+
+        arguments = (weights, x, text, modulation, memory)
+        compiled = jax.jit(run).lower(*arguments).compile()
+        seconds = back_to_back_seconds(functools.partial(compiled, *arguments))
+        found.append(
+            Result(
+                name=name,
+                milliseconds=1e3 * seconds,
+                times_faster=found[0].milliseconds / 1e3 / seconds if found else 1.0,
+                peak_mib=peak_bytes(compiled) / 2**20,
+            )
+        )
+    heads = (1, tokens, config.heads, config.head_width)
+    q, k, v = (jax.random.normal(key, heads, jnp.bfloat16) for key in keys[3:])
+    alone = back_to_back_seconds(functools.partial(jax.jit(attention), q, k, v))
+    return found, {"self-attention alone": 1e3 * alone}
+
+
+def to_markdown(found: list[Result], parts: dict[str, float], where: dict[str, str]) -> str:
+    """The page that goes into docs/results."""
+    return results.page(
+        "A block of Wan on kernels",
+        where,
+        "Whole blocks: norms, linears, attention to itself and to the text, residuals. Peak: "
+        "arguments, outputs and temporaries.",
+        "",
+        "| | ms | against bf16 | peak MiB |",
+        "|---|---|---|---|",
+        *(
+            f"| {r.name} | {r.milliseconds:.2f} | {r.times_faster:.2f}x | {r.peak_mib:.0f} |"
+            for r in found
+        ),
+        *(f"| {name} | {value:.2f} | | |" for name, value in parts.items()),
+    )
+
+
+def main() -> None:
+    """Measure and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser.add_argument("--config", choices=list(SIZES), default="wan2.1-t2v-14b")
+    parser.add_argument(
+        "--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens along T, H, W"
+    )
+    args = parser.parse_args()
+    if reason := device.without_mosaic_gpu():
+        parser.error(reason)
+    grid = tuple(args.grid)
+    found, parts = measure(SIZES[args.config], grid)
+    where = results.environment("bench_block", model=f"{args.config}, {' x '.join(map(str, grid))}")
+    page = to_markdown(found, parts, where)
+    print(page)
+    if args.out:
+        document = {
+            "environment": where,
+            "results": [dataclasses.asdict(row) for row in found],
+            "parts_ms": parts,
+        }
+        results.write(args.out, "block_hopper", page, document)
+
+
+if __name__ == "__main__":
+    main()

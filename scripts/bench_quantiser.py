@@ -1,0 +1,104 @@
+"""The fused activation quantiser on a Hopper GPU: time against a copy's, and every cut's.
+
+    python -m scripts.bench_quantiser --out docs/results
+
+Bytes are those that must move: x, values, exponents. The share is of the bandwidth that XLA's
+elementwise bf16 copy of the same x reaches in the same process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device
+from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks, quantise
+from pallas_kernels.mosaic_gpu.quantiser_task import default_config, words_held
+from scripts import _results as results
+from scripts._timing import back_to_back_seconds
+from sdq import formats
+
+SHAPES = ((32768, 5120), (32760, 13824), (32760, 8960), (32760, 1536), (76544, 3072))
+MOST_WORDS = 64  # of a thread, before registers spill
+FORMATS = ("sdq32:16", "sdq32:32", "e2m1:16")
+CUTS: dict[str, dict[str, Any]] = {
+    "no exchange": {"exchange": False},
+    "8 warps": {"warps": 8},
+    "8 columns": {"columns": 8},
+    **{f"{threads} threads": {"threads": threads} for threads in (32, 64, 128, 256)},
+}
+
+
+def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
+    """What to time, by name."""
+    m, k = x.shape
+    books = jnp.full((65, 1, 8), 15, jnp.uint8)
+    sub = SubFormatbooks(books, jnp.zeros(m, jnp.int32))
+    tokens = jnp.arange(0, m, 10, dtype=jnp.int32)
+    norm = Norm(jnp.ones((1, k)), jnp.zeros((1, k)), 1e-6)
+    default = default_config(k, 16)
+
+    def timed(fmt: str = FORMATS[0], **options: Any) -> Callable[[], Any]:
+        call = functools.partial(
+            quantise, fmt=formats.parse(fmt), num_sms=device.current().cores, **options
+        )
+        return functools.partial(jax.jit(call), x)
+
+    found = {fmt: timed(fmt) for fmt in FORMATS}
+    found["with metadata"] = timed(metadata=True)
+    found["shared books"] = timed(sub_formatbooks=sub)
+    found["residuals of a tenth"] = timed(residual_of=tokens)
+    found["norm in front"] = timed(norm=norm)
+    for name, change in CUTS.items():
+        config = dataclasses.replace(default, **change)
+        if words_held(k, 16, config.threads) <= MOST_WORDS:
+            found[name] = timed(config=config)
+    return found
+
+
+def measure(m: int, k: int) -> dict[str, float]:
+    """Milliseconds by name; a copy's under "copy"."""
+    noise = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    channels = jnp.exp(jax.random.normal(jax.random.key(1), (1, k))).astype(jnp.bfloat16)
+    x = noise * channels
+    timed = {"copy": functools.partial(jax.jit(lambda x: -x), x)} | ways(x)
+    return {name: 1e3 * back_to_back_seconds(run) for name, run in timed.items()}
+
+
+def to_lines(m: int, k: int, milliseconds: dict[str, float]) -> list[str]:
+    """A table for a shape."""
+    copied = 4 * m * k / milliseconds["copy"]
+    lines = ["", f"## {m} x {k}", "", "| | ms | share of a copy's bandwidth |", "|---|---|---|"]
+    for name, value in milliseconds.items():
+        moved = 4 * m * k if name == "copy" else 3 * m * k + m
+        lines.append(f"| {name} | {value:.4f} | {moved / value / copied:.0%} |")
+    return lines
+
+
+def main() -> None:
+    """Measure and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    args = parser.parse_args()
+    if not device.current().is_hopper:
+        parser.error(f"needs a Hopper GPU, not {device.current().kind}")
+    where = results.environment("bench_quantiser")
+    times, lines = {}, []
+    for m, k in SHAPES:
+        times[f"{m} x {k}"] = measure(m, k)
+        lines += to_lines(m, k, times[f"{m} x {k}"])
+        print("\n".join(to_lines(m, k, times[f"{m} x {k}"])), flush=True)
+    if args.out:
+        page = results.page("The fused activation quantiser", where, *lines)
+        results.write(args.out, "quantiser_hopper", page, {"environment": where, "ms": times})
+
+
+if __name__ == "__main__":
+    main()

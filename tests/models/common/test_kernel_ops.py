@@ -1,0 +1,89 @@
+"""The plain Ops and those on kernels compute the same; here their reference, in plain jnp."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.common.kernel_ops import matmul, on_kernels, tile_kernels
+from models.common.layers import Ops
+from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.semantic import Decomposition, SemanticDialect, Sharing
+from models.wan.modeling import Wan
+from models.wan.sites import video_inputs
+from pallas_kernels import Fp8Rows, TiledWeight
+from sdq import Rule, quantize_params, resolve
+from tests.models.wan.test_modeling import TINY, inputs, random_params
+
+RULES = (SiteRule(r"blocks/.*", "sdq32:16"),)
+PLAIN = InputQuantizer(RULES)
+FULL = SemanticDialect(
+    rules=RULES,
+    grid=(2, 2, 3),
+    sites=video_inputs(TINY),
+    sharing=Sharing(anchors=2, candidates=6, least=-2.0),
+    decomposition=Decomposition(tokens=4, layers=(("blocks/ffn/down", (0,)),)),
+    refresh_every=3,
+)
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    params = random_params()
+    plan = resolve([Rule(r"blocks/.*/kernel", "sdq32:16"), Rule(r".*", None)], params)
+    return quantize_params(params, plan)
+
+
+def run(params, quantizer, ops, steps=3):
+    x, t, text, _ = inputs()
+    model = Wan(TINY, ops, jnp.float32)
+
+    @jax.jit
+    def one(state, step):
+        if state is None:
+            return model.apply({"params": params}, x, t, text), None
+        state = quantizer.at_step(state, step)
+        return model.apply({"params": params}, x, t, text, state=state)
+
+    state = quantizer.initial_state(TINY.layers, len(x))
+    for step in range(steps):
+        y, state = one(state, jnp.int32(step))
+    return y
+
+
+@pytest.mark.parametrize("quantizer", [PLAIN, FULL])
+def test_the_same_video(quantised, quantizer):
+    ops = Ops(quantizer=quantizer)
+    plain, kernels = (run(quantised, quantizer, one) for one in (ops, on_kernels(ops)))
+    exact = run(random_params(), Ops().quantizer, Ops(), steps=1)
+    # A sum rounded otherwise may move a number over the edge of its bin.
+    assert np.linalg.norm(plain - kernels) < np.linalg.norm(plain - exact) / 5
+
+
+def test_kernels_are_reordered_once(quantised):
+    tiled = tile_kernels(quantised)
+    before, after = (tree["blocks"]["ffn"]["up"]["kernel"] for tree in (quantised, tiled))
+    assert isinstance(after, TiledWeight) and after.shape == before.shape
+    one = jax.tree.map(lambda part: part[1], after)
+    assert one.shape == before.shape[1:] and one.words.ndim == 2
+    assert tiled["blocks"]["ffn"]["up"]["bias"] is quantised["blocks"]["ffn"]["up"]["bias"]
+
+
+def test_what_no_kernel_does_says_so(quantised):
+    with pytest.raises(ValueError, match="Keep quantises no inputs"):
+        on_kernels(Ops())
+    lut = dataclasses.replace(PLAIN, rules=(SiteRule("blocks/.*", "sdq32:16", "lut"),))
+    with pytest.raises(ValueError, match="kernels choose in two stages, not by 'lut'"):
+        on_kernels(Ops(quantizer=lut))
+    rows = Fp8Rows(
+        values=jnp.ones((1, 2, 32), jnp.float8_e4m3fn),
+        exponents=jnp.zeros((1, 2, 1), jnp.int8),
+        dtype=np.dtype(jnp.bfloat16),
+    )
+    with pytest.raises(ValueError, match="no kernel multiplies Fp8Rows"):
+        matmul(rows, jnp.ones((32, 8)))
+    ops = on_kernels(Ops(quantizer=InputQuantizer((SiteRule("blocks/.*", "int8"),))))
+    with pytest.raises(ValueError, match="int8 numbers are not fp8 numbers"):
+        run(quantised, ops.quantizer, ops, steps=1)

@@ -1,0 +1,54 @@
+"""Calls that only a Hopper GPU runs, lowered for one: shapes fit from arguments to results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdq
+from pallas_kernels import Quantized, quantize_rows, quantized_matmul, tile_weight, which
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+
+
+def abstract(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.fixture
+def hopper():
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def test_from_activations_to_a_product(hopper):
+    """Two videos of 100 tokens, K = 608, sub-formatbooks by block, 10 residuals; N = 200."""
+    q = jax.eval_shape(lambda w: sdq.quantize(w, "sdq32:16"), abstract((200, 608), jnp.float32))
+
+    def call(x, books, group, tokens, w):
+        found = quantize_rows(x, "sdq32:16", sub_formatbooks=(books, group), tokens=tokens)
+        assert which(found.rows, w).implementation == "mosaic_gpu"
+        products = [quantized_matmul(rows, w) for rows in found]
+        return found, products
+
+    arguments = (
+        abstract((2, 100, 608), jnp.bfloat16),
+        abstract((2, 5, 38, 8), jnp.uint8),
+        abstract((2, 100), jnp.int32),
+        abstract((2, 10), jnp.int32),
+        jax.eval_shape(tile_weight, q),
+    )
+    found, products = jax.eval_shape(call, *arguments)
+    assert isinstance(found, Quantized)
+    assert [rows.shape for rows in found] == [(2, 100, 608), (2, 10, 608)]
+    assert [rows.exponents.shape for rows in found] == [(2, 100, 1), (2, 10, 1)]
+    assert [(y.shape, y.dtype) for y in products] == [
+        ((2, 100, 200), np.dtype(jnp.bfloat16)),
+        ((2, 10, 200), np.dtype(jnp.bfloat16)),
+    ]
+    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= 3

@@ -1,0 +1,410 @@
+"""The quantiser's program, run on a CPU, against `sdq.quantize`: every bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sdq
+from pallas_kernels.mosaic_gpu import quantise, quantiser_program
+from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks
+from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
+from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
+from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
+from pallas_kernels.mosaic_gpu.tables import look_up_table
+from pallas_kernels.rows import deinterleave, interleave
+from sdq import formatbook, formats
+from tests.pallas_kernels import deviceless
+from tests.pallas_kernels.mosaic_gpu import ptx_machine
+
+LARGEST = (33, 5152)
+E4M3 = jnp.float8_e4m3fn
+
+
+def rows(count, length, rng):
+    """bf16 `[count, length]`, count >= 16: every kind of row that could go wrong."""
+    x = rng.standard_normal((count, length))
+    eighth = count // 8
+    x[eighth : 2 * eighth] = rng.standard_t(2, (eighth, length)) * np.exp(
+        2 * rng.standard_normal((1, length))
+    )
+    far_apart = np.exp2(rng.randint(-40, 40, (eighth, length // 16)).repeat(16, axis=1))
+    x[2 * eighth : 3 * eighth] *= far_apart
+    x[3 * eighth : 4 * eighth] *= np.exp2(rng.randint(-130, 120, (eighth, 1)).astype(float))
+    x[4 * eighth : 5 * eighth] = np.round(8 * x[4 * eighth : 5 * eighth]) / 4  # ties
+    special = x[5 * eighth :]
+    special[0] = -0.0
+    special[1, : length // 2] = 0
+    special[2] = 3.3e38 * np.sign(special[2])
+    special[3] = 1e-40  # subnormal
+    x = x.astype(ml_dtypes.bfloat16)
+    x[-1, 5] = np.nan
+    x[-2, -1] = np.inf
+    return x
+
+
+def dequantised(values, exponents):
+    """float32, in the order of channels."""
+    return np.asarray(deinterleave(values.astype(np.float32))) * np.exp2(
+        exponents.astype(np.float32)
+    )
+
+
+def expected(x, fmt, allowed=None, largest=LARGEST):
+    """Of sdq; in arrays of one shape, for which it is compiled once."""
+    count, length = x.shape
+    rows, columns = largest or x.shape
+    x = np.pad(x, ((0, rows - count), (0, columns - length)))
+    if allowed is not None:
+        wide = np.full((rows, columns // fmt.block, 8), 0xFF, np.uint8)
+        wide[:count, : length // fmt.block] = allowed
+        allowed = jnp.asarray(wide)
+    rule = "two_stage" if fmt.has_choice else None
+    q = sdq.quantize(jnp.asarray(x), fmt, select=rule, allowed=allowed)
+    values, exponents = sdq.to_fp8(q)
+    values = np.asarray(interleave(values))[:count, :length]
+    return [
+        values,
+        np.asarray(exponents)[:count],
+        np.asarray(q.scales)[:count, : length // fmt.block],
+    ]
+
+
+def run(x, task, books=None, group=None, tokens=None, modulation=None, *, blocks=2, seed=None):
+    """What the emitted text leaves in memory."""
+    counts = [count for count in (task.rows, task.residuals) if count]
+    outputs = []
+    for count in counts:
+        values = np.full((count, task.length), 0xEE, np.uint8)
+        outputs += [values.view(ml_dtypes.float8_e4m3fn), np.full((count, 1), 0x77, np.int8)]
+    if task.metadata:
+        outputs.append(np.full((sum(counts), task.blocks), 0xEE, np.uint8))
+    inputs = [x, element_table(task.book), look_up_table(task.format)]
+    inputs += [part for part in (books, group, tokens, modulation) if part is not None]
+    ptx_machine.run(
+        quantiser_program.program(task),
+        [*map(np.ascontiguousarray, inputs), *outputs],
+        shared_bytes=task.shared_bytes,
+        threads=task.config.warps * WARP,
+        blocks=blocks,
+        seed=seed,
+    )
+    parts = outputs[: 2 * len(counts)]
+    joined = [np.concatenate(parts[first::2]) for first in (0, 1)]
+    return joined + outputs[len(parts) :]
+
+
+def check(got, want):
+    np.testing.assert_array_equal(got[1], want[1])
+    if len(got) == 3:
+        np.testing.assert_array_equal(got[2], want[2])
+    np.testing.assert_array_equal(got[0].view(np.uint8), want[0].view(np.uint8))
+
+
+def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=1, **config):
+    return Task(
+        rows=shape[0],
+        length=shape[1],
+        format=formats.parse(fmt),
+        config=Config(**{"threads": 32, "warps": 4, **config}),
+        metadata=metadata,
+        books=books,
+        residuals=residuals,
+        eps=eps,
+        batch=batch,
+    )
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("book", ["sdq32", "dialectfp4", "e2m1"])
+def test_every_bit_is_sdqs(book, block, rng):
+    task = task_of((33, 608), f"{book}:{block}")
+    x = rows(33, 608, rng)
+    check(run(x, task), expected(x, task.format))
+
+
+@pytest.mark.parametrize(
+    "length, fmt, config",
+    [
+        (32, "sdq32:16", {}),  # most lanes have nothing
+        (1024, "sdq32:16", {"exchange": False}),
+        (1120, "sdq32:16", {"exchange": False, "columns": 4}),
+        (1120, "sdq32:16", {"threads": 64, "columns": 1}),
+        (1056, "dialectfp4:16", {"threads": 128, "warps": 8, "columns": 8}),
+        (2080, "sdq32:16", {"threads": 128}),  # one warp of four has a second block
+        (3328, "sdq32:32", {"threads": 64, "columns": 2}),
+        (5152, "e2m1:16", {"threads": 256, "warps": 8}),
+    ],
+)
+def test_rows_of_any_length(length, fmt, config, rng):
+    task = task_of((17, length), fmt, **config)
+    x = rows(17, length, rng)
+    check(run(x, task, blocks=3), expected(x, task.format))
+
+
+def test_the_default_cut(rng):
+    config = default_config(1536, 16)
+    task = task_of((20, 1536), "sdq32:16", **dataclasses.asdict(config))
+    x = rows(20, 1536, rng)
+    check(run(x, task, blocks=1), expected(x, task.format))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_rows_than_a_block_takes(count, rng):
+    task = task_of((count, 64), "sdq32:32")
+    x = rows(16, 64, rng)[-count:]
+    check(run(x, task), expected(x, task.format))
+
+
+def test_metadata_is_optional(rng):
+    task = task_of((16, 96), "sdq32:16", metadata=False)
+    x = rows(16, 96, rng)
+    values, exponents, _ = expected(x, task.format)
+    check(run(x, task), [values, exponents])
+
+
+@pytest.mark.parametrize("fmt", ["sdq32:16", "sdq32:32", "dialectfp4:16"])
+@pytest.mark.parametrize("by_block", [False, True])
+def test_sub_formatbooks(fmt, by_block, rng):
+    x = rows(24, 1120, rng)
+    blocks = 1120 // formats.parse(fmt).block
+    task = task_of(x.shape, fmt, books=blocks if by_block else 1)
+    shapes = task.book.shapes
+    books = rng.randint(1, 1 << shapes, (5, task.books, 8)).astype(np.uint8)
+    books[0] |= 0xF0  # bits of no shape mean nothing
+    books[-1] = (1 << shapes) - 1
+    group = rng.randint(0, 5, 24).astype(np.int32)
+    check(run(x, task, books, group), expected(x, task.format, books[group]))
+
+
+@pytest.mark.parametrize(
+    "fmt, shared",
+    [("sdq32:16", False), ("sdq32:32", True), ("dialectfp4:16", True), ("e2m1:16", False)],
+)
+def test_residuals(fmt, shared, rng):
+    """More rows: what is left over, chosen freely even where the rows themselves were not."""
+    x = rows(24, 608, rng)
+    tokens = np.array([23, 0, 17, 5, 5, 8, 22, 12, 15, 16], np.int32)
+    task = task_of(x.shape, fmt, books=int(shared), residuals=len(tokens))
+    books = group = allowed = None
+    if shared:
+        books = np.left_shift(1, rng.randint(0, task.book.shapes, (5, 1, 8))).astype(np.uint8)
+        group = rng.randint(0, 5, 24).astype(np.int32)
+        allowed = books[group]
+    want = expected(x, task.format, allowed)
+    base = dequantised(*want[:2])
+    left = x.astype(np.float32) - base
+    left_rounded = left.astype(ml_dtypes.bfloat16)
+    good = want[1][:, 0] != -128
+    np.testing.assert_array_equal(left[good], left_rounded[good].astype(np.float32))
+    more = expected(left_rounded[tokens], task.format)
+    more[2] = np.where(good[tokens, None], more[2], 0)
+    got = run(x, task, books, group, tokens)
+    got[2][24:] = np.where(good[tokens, None], got[2][24:], 0)
+    check(got, [np.concatenate(parts) for parts in zip(want, more, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "length, fmt, threads, batch",
+    [(608, "sdq32:16", 32, 1), (2080, "sdq32:16", 64, 3), (1056, "sdq32:32", 32, 2)],
+)
+def test_norm_in_front(length, fmt, threads, batch, rng):
+    """As after a norm in float64, but where that lies next to the border of two bf16 numbers."""
+    x = (3 * rng.standard_normal((12, length)) + 1).astype(ml_dtypes.bfloat16)
+    x[5] = 7
+    x[7, 3] = np.nan
+    gain, shift = rng.standard_normal((2, batch, length)).astype(np.float32)
+    tokens = np.array([11, 5, 2], np.int32)
+    task = task_of(x.shape, fmt, threads=threads, residuals=3, eps=1e-6, batch=batch)
+    got = run(x, task, None, None, tokens, arranged(gain, shift, task))
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(axis=1, keepdims=True)
+    normed = centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + 1e-6)
+    each = [np.repeat(part, 12 // batch, axis=0) for part in (gain, shift)]
+    normed = (normed * each[0] + each[1]).astype(ml_dtypes.bfloat16)
+    want = expected(normed, task.format)
+    base = dequantised(*want[:2])
+    left = (normed.astype(np.float32) - base).astype(ml_dtypes.bfloat16)[tokens]
+    want = [np.concatenate(parts) for parts in zip(want, expected(left, task.format), strict=True)]
+    np.testing.assert_array_equal(got[1], want[1])
+    assert np.mean(got[0].view(np.uint8) != want[0].view(np.uint8)) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_warps_may_race(seed, rng):
+    """Rows of several warps, one after the other, in different interleavings."""
+    task = task_of((29, 1056), "sdq32:32", threads=64)
+    x = rows(29, 1056, rng)
+    check(run(x, task, blocks=1, seed=seed), expected(x, task.format))
+
+
+def test_the_machine_sees_a_race(rng, monkeypatch):
+    """Without two turns of maxima a fast warp would overwrite what a slow one still needs."""
+    task = task_of((29, 1056), "sdq32:32", threads=64)
+    text = quantiser_program.program(task)
+    racing = "\n".join(line for line in text.splitlines() if not line.startswith("xor.b32"))
+    assert racing != text
+    monkeypatch.setattr(quantiser_program, "program", lambda _: racing)
+    x = rows(29, 1056, rng)
+    want = expected(x, task.format)
+    seeds = range(4)
+    assert any((run(x, task, blocks=1, seed=seed)[1] != want[1]).any() for seed in seeds)
+
+
+@pytest.mark.parametrize("name", formatbook.BOOKS)
+def test_element_table_holds_the_books_tables(name):
+    book = formatbook.BOOKS[name]
+    tops = [top - formatbook.FIRST_TOP for top in book.tops]
+    table = element_table(book)[:, 1:].astype(np.int64)
+    errors = formatbook.coarse_shape_errors(book)[tops]
+    index = formatbook.index_table(book).reshape(8, 4, -1)[tops]
+    packed = table[..., 0] + bias(book.shapes)
+    for shape in range(book.shapes):
+        np.testing.assert_array_equal((table[..., 1] >> 8 * shape) & 255, index[:, shape])
+        if shape:
+            field = (packed >> (10 * shape - 8)) & 1023
+            np.testing.assert_array_equal(field - 512, errors[..., shape])
+    np.testing.assert_array_equal(element_table(book)[:, 0], element_table(book)[:, 1])
+
+
+def test_default_cut_holds_every_row_in_registers():
+    assert [default_config(k, 16).threads for k in (1536, 5120, 8960, 13824)] == [
+        *(32, 128, 128, 128)
+    ]
+    for block in (16, 32):
+        for length in range(32, 28672, 32):
+            default_config(length, block)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"threads": 48}, "threads: expected a power of two, got 48"),
+        ({"threads": 16}, "threads: expected a divisor of 512"),
+        ({"threads": 1024}, "threads: expected a divisor of 512"),
+        ({"warps": 6}, "warps: expected a multiple of 4"),
+        ({"columns": 32}, "columns: expected at most 16"),
+        ({"threads": 64, "warps": 32}, "threads: at most 15 rows"),
+    ],
+)
+def test_impossible_cuts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def abstract(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered(x, options):
+    """For an H100, where there is none."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+
+    def call(x, options):
+        norm = Norm(*options["norm"], eps=1e-6) if "norm" in options else None
+        options = options | {"metadata": True, "num_sms": 132, "norm": norm}
+        return quantise.quantise(x, formats.parse("sdq32:16"), **options)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(jax.jit(call), platforms=["cuda"])(x, options)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_lowers_for_a_gpu(everything):
+    options = {}
+    if everything:
+        options = {
+            "sub_formatbooks": SubFormatbooks(
+                abstract((5, 38, 8), jnp.uint8), abstract((100,), jnp.int32)
+            ),
+            "residual_of": abstract((10,), jnp.int32),
+            "norm": [abstract((2, 608), jnp.float32)] * 2,
+        }
+    out = lowered(abstract((100, 608)), options).out_avals
+    counts = [100, 10] if everything else [100]
+    rows = [((n, width), dtype) for n in counts for width, dtype in ((608, E4M3), (1, jnp.int8))]
+    assert [(part.shape, part.dtype) for part in out] == [*rows, ((sum(counts), 38), jnp.uint8)]
+
+
+@pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
+def test_compiled_for_a_hopper_gpu(tmp_path):
+    residuals = {"books": 1, "residuals": 3276}
+    cases = [
+        *({"m": 32760, "k": k} for k in (1536, 3072, 5120, 8960, 13824)),
+        {"m": 32760, "k": 5120, "exchange": False, "metadata": False},
+        {"m": 32760, "k": 13824, "format": "sdq32:32"},
+        {"m": 33, "k": 28672, "format": "e2m1:16"},
+        {"m": 32760, "k": 5120} | residuals,
+        {"m": 32760, "k": 13824, "books": 864, "residuals": 3276},
+        {"m": 32760, "k": 5120, "batch": 2, "format": "sdq32:32"} | residuals,
+        {"m": 32760, "k": 8960, "batch": 1},
+    ]
+    for case, report in zip(cases, deviceless.compiled(tmp_path, cases, "quantiser"), strict=True):
+        assert report.spilled == 0, case
+        if report.instructions:
+            assert {"HFMA2", "IDP", "LDS", "PRMT", "REDUX"} <= report.instructions, case
+
+
+def test_no_rows():
+    out = quantise.quantise(
+        jnp.zeros((0, 64), jnp.bfloat16), formats.parse("sdq32:16"), metadata=True, num_sms=1
+    )
+    assert out.rows.shape == (0, 64) and out.metadata.shape == (0, 4)
+
+
+SUB = "sub_formatbooks"
+
+
+def sub_of(books, group):
+    return SubFormatbooks(abstract(books, jnp.uint8), abstract(group, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "x, fmt, options, error, message",
+    [
+        (((4, 64), jnp.float32), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
+        (((64,),), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
+        (((4, 48),), "sdq32:16", {}, NotImplementedError, "K = 48: must be a multiple of 32"),
+        (((4, 64),), "mxfp4", {}, NotImplementedError, "only dialect formats"),
+        (((4, 1 << 16),), "sdq32:16", {}, NotImplementedError, "K = 65536: does not fit"),
+        (((4, 64),), "e2m1:16", {SUB: sub_of((2, 1, 8), (4,))}, ValueError, "nothing to choose"),
+        (((4, 64),), "sdq32:16", {SUB: sub_of((2, 2, 8), (4,))}, ValueError, r"books: expected ui"),
+        (((4, 64),), "sdq32:16", {SUB: sub_of((2, 4, 8), (5,))}, ValueError, r"group: expected in"),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            {"residual_of": abstract((2,))},
+            ValueError,
+            r"residual_of: expected int32\[n\], got bfloat16\[2\]",
+        ),
+        (
+            ((0, 64),),
+            "sdq32:16",
+            {"residual_of": abstract((2,), jnp.int32)},
+            ValueError,
+            "residual_of: 2 rows of an x that has none",
+        ),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            {"norm": Norm(abstract((1, 64)), abstract((1, 64)), 1e-6)},
+            ValueError,
+            r"gain: expected float32\[B, 64\], got bfloat16\[1, 64\]",
+        ),
+        (
+            ((4, 64),),
+            "sdq32:16",
+            {"norm": Norm(*[abstract((3, 64), jnp.float32)] * 2, 1e-6)},
+            ValueError,
+            "norm: 4 rows are not 3 equal parts",
+        ),
+    ],
+)
+def test_refusals(x, fmt, options, error, message):
+    with pytest.raises(error, match=message):
+        quantise.quantise(abstract(*x), formats.parse(fmt), num_sms=132, **options)
