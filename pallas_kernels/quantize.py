@@ -66,7 +66,7 @@ def supports(implementation: str, x: jax.Array, fmt: Format) -> str | None:
         return None
     if reason := device.without_mosaic_gpu():
         return reason
-    from pallas_kernels.mosaic_gpu.quantise import misfit  # takes a second to import
+    from pallas_kernels.mosaic_gpu.quantizer import misfit  # takes a second to import
 
     if x.dtype != jnp.bfloat16:
         return f"x: expected bfloat16, got {x.dtype}"
@@ -96,7 +96,7 @@ def _mosaic_gpu(
     sub_formatbooks: tuple[jax.Array, jax.Array] | None,
     tokens: jax.Array | None,
 ) -> Quantized:
-    from pallas_kernels.mosaic_gpu import quantise as kernel
+    from pallas_kernels.mosaic_gpu import quantizer as kernel
 
     batch, length, width = x.shape
     sub = None
@@ -112,7 +112,7 @@ def _mosaic_gpu(
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
         residual_of = (tokens + first).reshape(-1)
     flat = x.reshape(batch * length, width)
-    found = kernel.quantise(
+    found = kernel.quantize(
         flat,
         fmt,
         sub_formatbooks=sub,

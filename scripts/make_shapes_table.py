@@ -43,6 +43,8 @@ def to_markdown(table: Table, document: Mapping[str, Any]) -> str:
     lines = []
     for heading, recipes in table.groups.items():
         known = {recipe.name: recipe for recipe in recipes if recipe.name in measured}
+        if not known:
+            continue  # of an interrupted run
         rows = [(KEEP, None), (FLOOR, None), *known.items()]
         lines += ["", f"## {heading}"] if heading else []
         lines += ["", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]

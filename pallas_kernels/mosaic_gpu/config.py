@@ -36,7 +36,6 @@ class Config:
         for name, least, most in (("warpgroups", 1, 3), ("stages", 2, 16), ("cluster", 1, 2)):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}: expected in [{least}, {most}], got {value}")
-
         if self.parts > 1 and (self.promote != 1 or self.tile_m % (16 * self.parts)):
             raise ValueError(
                 f"parts: {self.parts} need promote = 1 and a tile_m of as many times 16, "
@@ -71,8 +70,6 @@ SMALL_THINGS = 4096  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 
 MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}
-
-
 FEW = 64  # rows of x with which a product only reads weights
 
 

@@ -124,7 +124,7 @@ def compile_matmul(
     _compile(product, *shapes)
 
 
-def compile_quantiser(
+def compile_quantizer(
     m: int,
     k: int,
     format: str = "sdq32:16",
@@ -149,8 +149,8 @@ def compile_quantiser(
     import jax.numpy as jnp
 
     from pallas_kernels import device
-    from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks, quantise
-    from pallas_kernels.mosaic_gpu.quantiser_task import default_config
+    from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
+    from pallas_kernels.mosaic_gpu.quantizer_task import default_config
     from sdq import formats
 
     fmt = formats.parse(format)
@@ -166,7 +166,7 @@ def compile_quantiser(
     gains = [shape((batch, k), jnp.float32)] * 2 if batch else []
 
     def quantised(x: Any, optional: dict[str, Any], gains: list[Any]) -> Any:
-        return quantise(
+        return quantize(
             x,
             fmt,
             **optional,
@@ -179,7 +179,7 @@ def compile_quantiser(
     _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
 
 
-COMPILERS = {"matmul": compile_matmul, "quantiser": compile_quantiser}
+COMPILERS = {"matmul": compile_matmul, "quantizer": compile_quantizer}
 
 
 def _compile(function: Callable[..., Any], *shapes: Any) -> None:

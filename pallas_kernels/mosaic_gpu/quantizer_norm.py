@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic_gpu.ptx import Program, Register
-from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Task
+from pallas_kernels.mosaic_gpu.quantizer_task import WARP, Task
 
 QUAD = 4  # numbers of a load
 QUAD_BYTES = 2 * WARP * QUAD * 4  # of a warp's gains and shifts

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import sdq
-from pallas_kernels.mosaic_gpu import quantise, quantiser_program
-from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks
-from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
-from pallas_kernels.mosaic_gpu.quantiser_tables import bias, element_table
-from pallas_kernels.mosaic_gpu.quantiser_task import WARP, Config, Task, default_config
+from pallas_kernels.mosaic_gpu import quantizer, quantizer_program
+from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks
+from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
+from pallas_kernels.mosaic_gpu.quantizer_tables import bias, element_table
+from pallas_kernels.mosaic_gpu.quantizer_task import WARP, Config, Task, default_config
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
@@ -85,7 +85,7 @@ def run(x, task, books=None, group=None, tokens=None, modulation=None, *, blocks
     inputs = [x, element_table(task.book), look_up_table(task.format)]
     inputs += [part for part in (books, group, tokens, modulation) if part is not None]
     ptx_machine.run(
-        quantiser_program.program(task),
+        quantizer_program.program(task),
         [*map(np.ascontiguousarray, inputs), *outputs],
         shared_bytes=task.shared_bytes,
         threads=task.config.warps * WARP,
@@ -243,10 +243,10 @@ def test_warps_may_race(seed, rng):
 def test_the_machine_sees_a_race(rng, monkeypatch):
     """Without two turns of maxima a fast warp would overwrite what a slow one still needs."""
     task = task_of((29, 1056), "sdq32:32", threads=64)
-    text = quantiser_program.program(task)
+    text = quantizer_program.program(task)
     racing = "\n".join(line for line in text.splitlines() if not line.startswith("xor.b32"))
     assert racing != text
-    monkeypatch.setattr(quantiser_program, "program", lambda _: racing)
+    monkeypatch.setattr(quantizer_program, "program", lambda _: racing)
     x = rows(29, 1056, rng)
     want = expected(x, task.format)
     seeds = range(4)
@@ -308,7 +308,7 @@ def lowered(x, options):
     def call(x, options):
         norm = Norm(*options["norm"], eps=1e-6) if "norm" in options else None
         options = options | {"metadata": True, "num_sms": 132, "norm": norm}
-        return quantise.quantise(x, formats.parse("sdq32:16"), **options)
+        return quantizer.quantize(x, formats.parse("sdq32:16"), **options)
 
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.export.export(jax.jit(call), platforms=["cuda"])(x, options)
@@ -344,14 +344,14 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         {"m": 32760, "k": 5120, "batch": 2, "format": "sdq32:32"} | residuals,
         {"m": 32760, "k": 8960, "batch": 1},
     ]
-    for case, report in zip(cases, deviceless.compiled(tmp_path, cases, "quantiser"), strict=True):
+    for case, report in zip(cases, deviceless.compiled(tmp_path, cases, "quantizer"), strict=True):
         assert report.spilled == 0, case
         if report.instructions:
             assert {"HFMA2", "IDP", "LDS", "PRMT", "REDUX"} <= report.instructions, case
 
 
 def test_no_rows():
-    out = quantise.quantise(
+    out = quantizer.quantize(
         jnp.zeros((0, 64), jnp.bfloat16), formats.parse("sdq32:16"), metadata=True, num_sms=1
     )
     assert out.rows.shape == (0, 64) and out.metadata.shape == (0, 4)
@@ -407,4 +407,4 @@ def sub_of(books, group):
 )
 def test_refusals(x, fmt, options, error, message):
     with pytest.raises(error, match=message):
-        quantise.quantise(abstract(*x), formats.parse(fmt), num_sms=132, **options)
+        quantizer.quantize(abstract(*x), formats.parse(fmt), num_sms=132, **options)

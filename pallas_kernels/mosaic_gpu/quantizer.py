@@ -15,10 +15,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic_gpu.operands import STEP
-from pallas_kernels.mosaic_gpu.quantiser_norm import arranged
-from pallas_kernels.mosaic_gpu.quantiser_program import program
-from pallas_kernels.mosaic_gpu.quantiser_tables import element_table
-from pallas_kernels.mosaic_gpu.quantiser_task import (
+from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
+from pallas_kernels.mosaic_gpu.quantizer_program import program
+from pallas_kernels.mosaic_gpu.quantizer_tables import element_table
+from pallas_kernels.mosaic_gpu.quantizer_task import (
     WARP,
     WORDS_HELD,
     Config,
@@ -31,7 +31,7 @@ from pallas_kernels.rows import Fp8Rows
 from sdq.formats import Format
 
 
-class Quantised(NamedTuple):
+class Written(NamedTuple):
     """What the kernel writes.
 
     Attributes:
@@ -87,7 +87,7 @@ def misfit(fmt: Format, length: int) -> str | None:
     return None
 
 
-def quantise(
+def quantize(
     x: jax.Array,
     fmt: Format,
     *,
@@ -97,7 +97,7 @@ def quantise(
     metadata: bool = False,
     config: Config | None = None,
     num_sms: int,
-) -> Quantised:
+) -> Written:
     """Quantise rows; each block takes the top nearest to its maximum, then the best of its shapes.
 
     Args:
@@ -143,7 +143,7 @@ def quantise(
     return _call(task, inputs, num_sms)
 
 
-def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Quantised:
+def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Written:
     """The kernel on arguments by their names."""
     m, n = task.rows, task.residuals
     outputs = {
@@ -159,7 +159,7 @@ def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Quantised:
     out_type = tuple(outputs[name] for name in names)
     if m == 0:
         empty = [jnp.zeros(part.shape, part.dtype) for part in out_type]
-        return _quantised(**dict(zip(names, empty, strict=True)))
+        return _written(**dict(zip(names, empty, strict=True)))
     call = plgpu.kernel(
         lambda *refs, shared: _emit(task, (*refs, shared)),
         out_type=out_type,
@@ -171,16 +171,16 @@ def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Quantised:
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     found = call(*(inputs[name] for name in task.arguments if name in inputs))
-    return _quantised(**dict(zip(names, found, strict=True)))
+    return _written(**dict(zip(names, found, strict=True)))
 
 
-def _quantised(
+def _written(
     values: jax.Array,
     exponents: jax.Array,
     residual_values: jax.Array | None = None,
     residual_exponents: jax.Array | None = None,
     metadata: jax.Array | None = None,
-) -> Quantised:
+) -> Written:
     def rows(values: jax.Array, exponents: jax.Array) -> Fp8Rows:
         dtype = np.dtype(jnp.bfloat16)
         return Fp8Rows(values=values, exponents=exponents, dtype=dtype, interleaved=True)
@@ -188,7 +188,7 @@ def _quantised(
     residuals = None
     if residual_values is not None and residual_exponents is not None:
         residuals = rows(residual_values, residual_exponents)
-    return Quantised(rows(values, exponents), residuals, metadata)
+    return Written(rows(values, exponents), residuals, metadata)
 
 
 def _emit(task: Task, refs: tuple[Any, ...]) -> None:

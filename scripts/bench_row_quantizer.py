@@ -1,6 +1,6 @@
 """The fused activation quantiser on a Hopper GPU: time against a copy's, and every cut's.
 
-    python -m scripts.bench_quantiser --out docs/results
+    python -m scripts.bench_row_quantizer --out docs/results
 
 Bytes are those that must move: x, values, exponents. The share is of the bandwidth that XLA's
 elementwise bf16 copy of the same x reaches in the same process.
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks, quantise
-from pallas_kernels.mosaic_gpu.quantiser_task import default_config, words_held
+from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
+from pallas_kernels.mosaic_gpu.quantizer_task import default_config, words_held
 from scripts import _results as results
 from scripts._timing import back_to_back_seconds
 from sdq import formats
@@ -45,7 +45,7 @@ def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
 
     def timed(fmt: str = FORMATS[0], **options: Any) -> Callable[[], Any]:
         call = functools.partial(
-            quantise, fmt=formats.parse(fmt), num_sms=device.current().cores, **options
+            quantize, fmt=formats.parse(fmt), num_sms=device.current().cores, **options
         )
         return functools.partial(jax.jit(call), x)
 
@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     if not device.current().is_hopper:
         parser.error(f"needs a Hopper GPU, not {device.current().kind}")
-    where = results.environment("bench_quantiser")
+    where = results.environment("bench_row_quantizer")
     times, lines = {}, []
     for m, k in SHAPES:
         times[f"{m} x {k}"] = measure(m, k)
@@ -97,7 +97,7 @@ def main() -> None:
         print("\n".join(to_lines(m, k, times[f"{m} x {k}"])), flush=True)
     if args.out:
         page = results.page("The fused activation quantiser", where, *lines)
-        results.write(args.out, "quantiser_hopper", page, {"environment": where, "ms": times})
+        results.write(args.out, "row_quantizer_hopper", page, {"environment": where, "ms": times})
 
 
 if __name__ == "__main__":

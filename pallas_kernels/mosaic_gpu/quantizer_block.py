@@ -2,7 +2,7 @@
 
 exponent  of its maximum, within 7 of the row's
 top       the maximum in half-units, rounded by a bf16 multiply-add
-shape     each element reads its entry of `quantiser_tables`, 64 bits; the sums of the first words
+shape     each element reads its entry of `quantizer_tables`, 64 bits; the sums of the first words
           are the shapes' errors
 values    the second words name magnitudes; `prmt` picks four out of the dialect's eight
 """
@@ -11,9 +11,9 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pallas_kernels.mosaic_gpu import quantiser_tables as tables
+from pallas_kernels.mosaic_gpu import quantizer_tables as tables
 from pallas_kernels.mosaic_gpu.ptx import Operand, Program, Register
-from pallas_kernels.mosaic_gpu.quantiser_task import DIALECT_BYTES, Task
+from pallas_kernels.mosaic_gpu.quantizer_task import DIALECT_BYTES, Task
 from sdq.codecs.dialect import LOWEST_EXPONENT
 from sdq.formatbook import EXPONENT_WINDOW, FIRST_TOP, SHAPES_PER_TOP, Book
 
@@ -89,7 +89,7 @@ def row_exponent(p: Program, exponent: Register) -> RowExponent:
     return RowExponent(largest, p.subtract(lowest, EXPONENT_WINDOW))
 
 
-def quantise_block(
+def quantize_block(
     p: Program,
     task: Task,
     look_up: LookUp,

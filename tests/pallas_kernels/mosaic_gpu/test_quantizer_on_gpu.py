@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import device
-from pallas_kernels.mosaic_gpu.quantise import Norm, SubFormatbooks, quantise
-from pallas_kernels.mosaic_gpu.quantiser_task import Config
+from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
+from pallas_kernels.mosaic_gpu.quantizer_task import Config
 from sdq import formatbook, formats
-from tests.pallas_kernels.mosaic_gpu.test_quantise import check, dequantised, expected, rows
+from tests.pallas_kernels.mosaic_gpu.test_quantizer import check, dequantised, expected, rows
 
 pytestmark = pytest.mark.skipif(not device.current().is_hopper, reason="needs a Hopper GPU")
 
 
 def run(x, fmt, **options):
     call = functools.partial(
-        quantise, fmt=formats.parse(fmt), metadata=True, num_sms=device.current().cores
+        quantize, fmt=formats.parse(fmt), metadata=True, num_sms=device.current().cores
     )
     out = jax.jit(functools.partial(call, **options))(jnp.asarray(x))
     of_rows = [(part.values, part.exponents) for part in (out.rows, out.residuals) if part]

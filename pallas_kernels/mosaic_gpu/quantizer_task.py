@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.mosaic_gpu import quantiser_tables as tables
+from pallas_kernels.mosaic_gpu import quantizer_tables as tables
 from sdq import formatbook
 from sdq.formatbook import Book
 from sdq.formats import Format

@@ -2,7 +2,7 @@
 
 `threads` of a row hold its blocks in registers, thread t blocks t, t + threads, ...: x is read
 once. First the row's largest magnitude (in a thread, across its warp, through shared memory), then
-each block on its own (`quantiser_block`).
+each block on its own (`quantizer_block`).
 
 The table lies in shared memory in as many copies as lanes read it at once, so that no two meet in
 a bank.
@@ -12,10 +12,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pallas_kernels.mosaic_gpu import quantiser_tables as tables
+from pallas_kernels.mosaic_gpu import quantizer_tables as tables
 from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.ptx import Operand, Program, Register
-from pallas_kernels.mosaic_gpu.quantiser_block import (
+from pallas_kernels.mosaic_gpu.quantizer_block import (
     BIAS,
     HALF_BIN,
     NON_FINITE,
@@ -25,11 +25,11 @@ from pallas_kernels.mosaic_gpu.quantiser_block import (
     exponent_of,
     leave_residual,
     metadata_of_bad,
-    quantise_block,
+    quantize_block,
     row_exponent,
 )
-from pallas_kernels.mosaic_gpu.quantiser_norm import QUAD, QUAD_BYTES, normalise
-from pallas_kernels.mosaic_gpu.quantiser_task import DIALECT_BYTES, DIALECTS, WARP, Task
+from pallas_kernels.mosaic_gpu.quantizer_norm import QUAD, QUAD_BYTES, normalise
+from pallas_kernels.mosaic_gpu.quantizer_task import DIALECT_BYTES, DIALECTS, WARP, Task
 from sdq.codecs.dialect import BAD_ROW
 from sdq.formatbook import FIRST_TOP
 
@@ -166,7 +166,7 @@ def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
             p.converge()  # else the compiler overlaps blocks until registers spill
         if block.exists:
             p.jump("ALL_BLOCKS", when=f"!{lane.warp_in_last}")
-        numbers, byte = quantise_block(
+        numbers, byte = quantize_block(
             p, task, lane.look_up, block.words, maximum, of_row, masks[slot]
         )
         if unfinished:
