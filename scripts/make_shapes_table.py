@@ -26,7 +26,6 @@ from scripts._shapes_tables import TABLES, Table
 from sdq import formats
 
 ATTRIBUTES = ("colour", "background", "shape", "size", "motion", "all", "one_thing")
-AT_ONCE = 3  # recipes measured before the file is written
 
 
 def to_markdown(table: Table, document: Mapping[str, Any]) -> str:
@@ -142,23 +141,30 @@ def _known(path: pathlib.Path, table: Table, about: Mapping[str, Any]) -> dict[s
     return {name: row for name, row in rows if name in now and row.get("recipe") == now[name]}
 
 
-def measure(table: Table, task: Task, out: pathlib.Path, workers: int = 1) -> None:
+def measure(table: Table, task: Task, out: pathlib.Path, gpus: Sequence[str] = ()) -> None:
     """Measure what is missing and write the page, its JSON and its picture."""
-    names = [KEEP, FLOOR, *table.recipes]
-    with _workers.workers(workers) as each:
-        document = next(iter(each(functools.partial(_about, task), [table.against])))
-        measured = _known(out / f"{table.stem}.json", table, document)
+    with _workers.workers(gpus) as each:
+        about = next(iter(each(functools.partial(_about, task), [table.against])))
+        measured = _known(out / f"{table.stem}.json", table, about)
         missing = [recipe for name, recipe in table.recipes.items() if name not in measured]
-        parts = [missing[first : first + AT_ONCE] for first in range(0, len(missing), AT_ONCE)]
-        for found in each(functools.partial(_evaluated, task, table.against), parts):
+        for found in each(functools.partial(_evaluated, task, table.against), missing):
             for name in found.keys() & table.recipes.keys():
                 found[name]["recipe"] = repr(table.recipes[name])
             measured = found | measured  # what is known stays
-            document["results"] = {name: measured[name] for name in names if name in measured}
-            results.write(out, table.stem, to_markdown(table, document), document)
-            plot(table, document["results"], out / f"{table.stem}.png")
+            _write(table, about, measured, out)
             print(f"{table.stem}: {len(measured) - 2} of {len(table.recipes)}", file=sys.stderr)
+    _write(table, about, measured, out)
+    plot(table, measured, out / f"{table.stem}.png")
     print((out / f"{table.stem}.md").read_text())
+
+
+def _write(
+    table: Table, about: Mapping[str, Any], measured: Mapping[str, Any], out: pathlib.Path
+) -> None:
+    """The page and its JSON, rows in the table's order."""
+    names = [name for name in (KEEP, FLOOR, *table.recipes) if name in measured]
+    document = {**about, "results": {name: measured[name] for name in names}}
+    results.write(out, table.stem, to_markdown(table, document), document)
 
 
 def _about(task: Task, against: Recipe | None) -> dict[str, Any]:
@@ -169,8 +175,8 @@ def _about(task: Task, against: Recipe | None) -> dict[str, Any]:
     }
 
 
-def _evaluated(task: Task, against: Recipe | None, chosen: Sequence[Recipe]) -> dict[str, Any]:
-    return evaluate(chosen, Settings(), task, against=against)
+def _evaluated(task: Task, against: Recipe | None, recipe: Recipe) -> dict[str, Any]:
+    return evaluate([recipe], Settings(), task, against=against)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
     parser.add_argument("--batch", type=int, default=64, help="videos at once (default: 64)")
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes, each on a GPU of its own (default: 1)"
+        "--gpus", default="", help="a process for each, like 0,1,2,3 or 0,0 (default: this process)"
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     args = parser.parse_args(argv)
@@ -200,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seeds=table.seeds,
             consistency=table.consistency,
         )
-        measure(table, task, args.out, args.workers)
+        measure(table, task, args.out, [gpu for gpu in args.gpus.split(",") if gpu])
     return 0
 
 

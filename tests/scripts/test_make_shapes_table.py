@@ -37,7 +37,6 @@ def measured(monkeypatch):
         return found
 
     monkeypatch.setattr(make_shapes_table, "evaluate", evaluate)
-    monkeypatch.setattr(make_shapes_table, "AT_ONCE", 100)  # one picture a table
     return asked
 
 
