@@ -127,25 +127,28 @@ def differences(
     """
     fmt = formats.parse(rule.format or "")
     book = formatbook.BOOKS[fmt.book or ""]
-    u = dialect.scaled(blocked(x.astype(jnp.float32), -1, fmt)).u  # [B, S, G, block]
-    chosen = select.choose(u, book, Choice(rule.rule or "two_stage", allowed=allowed))
+    at = pairs.tokens.reshape(len(x), -1)  # [B, P * 2]
+
+    def paired(values: jax.Array) -> jax.Array:
+        """`[B, S, ...]` of the pairs' tokens, `[2, B, P, ...]`."""
+        chosen = jax.vmap(lambda values, at: values[at])(values, at)
+        return jnp.moveaxis(chosen.reshape(*pairs.tokens.shape, *values.shape[2:]), 2, 0)
+
+    u = dialect.scaled(blocked(paired(x).astype(jnp.float32), -1, fmt)).u  # [2, B, P, G, block]
+    books = None if allowed is None else paired(allowed)
+    shapes = select.choose(u, book, Choice(rule.rule or "two_stage", allowed=books))
     top = select.nearest_top(largest_magnitude(u), book)
-
-    def of(tokens: jax.Array, values: jax.Array) -> jax.Array:
-        return jax.vmap(lambda values, at: values[at])(values, tokens)
-
-    first, second = pairs.tokens[..., 0], pairs.tokens[..., 1]
-    mine = of(first, u)
-    alike = of(first, top) == of(second, top)  # [B, P, G]
-    each = [_rounded(mine, of(tokens, chosen), book) for tokens in (first, second)]
+    mine = u[0]
+    each = _rounded(mine, shapes, book)  # as both tokens round
     both = jnp.stack([jnp.square(each[0] - each[1]), jnp.square(mine)], axis=-1).sum(axis=-2)
+    alike = top[0] == top[1]  # [B, P, G]
     per_pair = jnp.where(alike[..., None], both, 0).sum(axis=-2)  # [B, P, 2]
     by_kind = jax.vmap(lambda each, kind: jax.ops.segment_sum(each, kind, kinds + 1))
     return by_kind(per_pair, pairs.kind)[:, :kinds]
 
 
 def _rounded(u: jax.Array, ids: jax.Array, book: formatbook.Book) -> jax.Array:
-    """Magnitudes `[..., block]` as dialects `[...]` hold them, in half-units."""
+    """Magnitudes `[..., block]` as dialects `[2, ...]` hold them, in half-units `[2, ..., block]`."""
     index = jnp.asarray(formatbook.index_table(book))[ids[..., None], select.bins(u)]
     values = jnp.asarray(formatbook.magnitudes(book), jnp.float32)
     return values[ids[..., None], index.astype(jnp.int32)]

@@ -35,16 +35,26 @@ def step_sqnr_db(
     on_step: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Teacher-forced: SQNR of the velocity where the reference was at each step, `[steps, B]`."""
+    state = initial_state(model.settings, len(tokens))
+    return np.asarray(teacher_forced(model, tokens, reference, state, on_step)[0])
+
+
+def teacher_forced(
+    model: Model,
+    tokens: jax.Array,
+    reference: Trajectory,
+    state: Any,
+    on_step: Callable[[np.ndarray], None] | None = None,
+) -> tuple[jax.Array, Any]:
+    """`step_sqnr_db` from a state of the quantizer, and its state after the last step."""
     levels = jnp.asarray(sigmas(model.settings.sampler)[:-1], jnp.float32)
-    return np.asarray(
-        _step_sqnr_db(
-            model.params, tokens, reference, levels, settings=model.settings, on_step=on_step
-        )
+    return _teacher_forced(
+        model.params, tokens, reference, levels, state, settings=model.settings, on_step=on_step
     )
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "on_step"))
-def _step_sqnr_db(params, tokens, reference, levels, *, settings: Settings, on_step):
+def _teacher_forced(params, tokens, reference, levels, state, *, settings: Settings, on_step):
     predict = velocity(params, tokens, settings)
 
     def one(state, step):
@@ -55,8 +65,8 @@ def _step_sqnr_db(params, tokens, reference, levels, *, settings: Settings, on_s
             jax.debug.callback(lambda number, _: on_step(number), number, decibels)
         return state, decibels
 
-    state = initial_state(settings, len(tokens))
-    return jax.lax.scan(one, state, (reference, levels, jnp.arange(len(levels))))[1]
+    state, decibels = jax.lax.scan(one, state, (reference, levels, jnp.arange(len(levels))))
+    return decibels, state
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))

@@ -6,23 +6,23 @@ frames of tokens lie between them: does what is shared survive the motion?
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.common.consistency import Observed, Pairs
-from models.common.sampler import Trajectory, sigmas
-from models.shapes.compare import Model
+from models.common.sampler import Trajectory
+from models.shapes.compare import Model, teacher_forced
 from models.shapes.config import CONFIG
-from models.shapes.generate import Settings, velocity
+from models.shapes.generate import Settings
 from models.shapes.world import VIDEO
 from models.wan.sites import VIDEO_SITES
 from sdq import formats
 
 GRID = CONFIG.dit.grid(VIDEO[:3])
-PAIRS = 256  # of each video
+PAIRS = 64  # of each video
 COVERED = 0.5  # of a token's pixels, at least, show the thing
 
 
@@ -60,8 +60,13 @@ def pairs_of(masks: jax.Array, key: jax.Array) -> Pairs:
 
 
 def inconsistency(
-    model: Model, tokens: jax.Array, reference: Trajectory, masks: jax.Array, key: jax.Array
-) -> np.ndarray:
+    model: Model,
+    tokens: jax.Array,
+    reference: Trajectory,
+    masks: jax.Array,
+    key: jax.Array,
+    on_step: Callable[[np.ndarray], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Teacher-forced along the reference's trajectory, over all steps, sites and blocks.
 
     Args:
@@ -70,33 +75,32 @@ def inconsistency(
       reference: where the reference was.
       masks: of the things in its videos, `[B, FRAMES, 2, WIDTH, WIDTH]`.
       key: of the pairs.
+      on_step: called with the number of each finished step.
     Returns:
-      Float `[B, frames of tokens, 2]`: squared differences and squares, by frames between them.
+      `compare.step_sqnr_db`, and float `[B, frames of tokens, 2]`: squared differences and
+      squares, by frames between them.
     """
-    levels = jnp.asarray(sigmas(model.settings.sampler)[:-1], jnp.float32)
-    return np.asarray(
-        _sums(model.params, tokens, reference, levels, masks, key, settings=model.settings)
+    ops = model.settings.ops
+    quantizer = Observed(base=ops.quantizer, sites=tuple(VIDEO_SITES), kinds=GRID[0])
+    settings = dataclasses.replace(
+        model.settings, ops=dataclasses.replace(ops, quantizer=quantizer)
     )
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _sums(params, tokens, reference, levels, masks, key, *, settings: Settings):
-    quantizer = Observed(base=settings.ops.quantizer, sites=tuple(VIDEO_SITES), kinds=GRID[0])
-    ops = dataclasses.replace(settings.ops, quantizer=quantizer)
-    settings = dataclasses.replace(settings, ops=ops)
-    predict = velocity(params, tokens, settings)
-    pairs = pairs_of(masks, key)
-    if settings.guidance != 1:  # the half without a caption is no part of it
-        ignored = Pairs(tokens=pairs.tokens, kind=jnp.full_like(pairs.kind, GRID[0]))
-        pairs = jax.tree.map(lambda *halves: jnp.concatenate(halves), pairs, ignored)
+    pairs = _pairs_of(masks, key, settings.guidance != 1)
     state = quantizer.initial_state(CONFIG.dit.layers, len(pairs.kind), pairs)
+    observed = Model(model.params, settings)
+    decibels, state = teacher_forced(observed, tokens, reference, state, on_step)
+    sums = sum(of.sum(axis=0)[: len(tokens)] for of in state.sums.values())
+    return np.asarray(decibels), np.asarray(sums)
 
-    def one(state: Any, step: Any) -> tuple[Any, None]:
-        x, level, number = step
-        return predict(x, level, number, state)[1], None
 
-    state, _ = jax.lax.scan(one, state, (reference.x, levels, jnp.arange(len(levels))))
-    return sum(of.sum(axis=0)[: len(tokens)] for of in state.sums.values())
+@functools.partial(jax.jit, static_argnames="guided")
+def _pairs_of(masks: jax.Array, key: jax.Array, guided: bool) -> Pairs:
+    """`pairs_of`; under guidance followed by as many for the half without a caption, ignored."""
+    pairs = pairs_of(masks, key)
+    if not guided:
+        return pairs
+    ignored = Pairs(tokens=pairs.tokens, kind=jnp.full_like(pairs.kind, GRID[0]))
+    return jax.tree.map(lambda *halves: jnp.concatenate(halves), pairs, ignored)
 
 
 def _log(yes: jax.Array) -> jax.Array:

@@ -103,11 +103,13 @@ def score(reference: Model, others: Mapping[str, Model], task: Task) -> dict[str
                     model.params, tokens, noise(), settings=model.settings, on_step=step_done
                 )
                 scores = measured(other)
-                scores["step_sqnr_db"] = step_sqnr_db(model, tokens, seen, step_done).T
                 if task.consistency and has_choice(model.settings):
-                    scores["differences"] = inconsistency(
-                        model, tokens, seen, known.masks, batch.key
+                    forced, scores["differences"] = inconsistency(
+                        model, tokens, seen, known.masks, batch.key, step_done
                     )
+                else:
+                    forced = step_sqnr_db(model, tokens, seen, step_done)
+                scores["step_sqnr_db"] = forced.T
                 found[name].append(batch.wanted(scores))
     return {name: _joined(parts) for name, parts in found.items()}
 
