@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from models.common.recipes import KEEP, Recipe
-from models.shapes.evaluation import FLOOR, conditions, evaluate
+from models.shapes.evaluation import FLOOR, Measured, conditions, measure, summaries
 from models.shapes.generate import Settings
 from models.shapes.scores import Task
 from scripts import _results as results
@@ -141,21 +141,39 @@ def _known(path: pathlib.Path, table: Table, about: Mapping[str, Any]) -> dict[s
     return {name: row for name, row in rows if name in now and row.get("recipe") == now[name]}
 
 
-def measure(table: Table, task: Task, out: pathlib.Path, gpus: Sequence[str] = ()) -> None:
+def make(table: Table, task: Task, out: pathlib.Path, gpus: Sequence[str] = ()) -> None:
     """Measure what is missing and write the page, its JSON and its picture."""
     with _workers.workers(gpus) as each:
         about = next(iter(each(functools.partial(_about, task), [table.against])))
-        measured = _known(out / f"{table.stem}.json", table, about)
-        missing = [recipe for name, recipe in table.recipes.items() if name not in measured]
-        for found in each(functools.partial(_evaluated, task, table.against), missing):
-            for name in found.keys() & table.recipes.keys():
-                found[name]["recipe"] = repr(table.recipes[name])
-            measured = found | measured  # what is known stays
-            _write(table, about, measured, out)
-            print(f"{table.stem}: {len(measured) - 2} of {len(table.recipes)}", file=sys.stderr)
-    _write(table, about, measured, out)
-    plot(table, measured, out / f"{table.stem}.png")
+        known = _known(out / f"{table.stem}.json", table, about)
+        missing = [one for one in (FLOOR, *table.recipes.values()) if str(one) not in known]
+        if missing and table.against:  # first, because all others wait for its scores
+            missing = [table.against, *(one for one in missing if one != table.against)]
+        waiting, base = [], None
+        for measured in each(functools.partial(_measured, task), missing):
+            waiting.append(measured)
+            base = measured.scores.get(str(table.against), base)
+            if table.against and base is None:
+                continue
+            for one in waiting:
+                known = _rows(table, summaries(one, base)) | known  # what is known stays
+            waiting.clear()
+            if FLOOR in known:
+                _write(table, about, known, out)
+            print(f"{table.stem}: {len(known) - 2} of {len(table.recipes)}", file=sys.stderr)
+    _write(table, about, known, out)
+    plot(table, known, out / f"{table.stem}.png")
     print((out / f"{table.stem}.md").read_text())
+
+
+def _measured(task: Task, recipe: Recipe | str) -> Measured:
+    return measure([recipe], Settings(), task)
+
+
+def _rows(table: Table, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Summaries with what they are of, which `_known` compares."""
+    recipes = {name: {"recipe": repr(one)} for name, one in table.recipes.items()}
+    return {name: row | recipes.get(name, {}) for name, row in found.items()}
 
 
 def _write(
@@ -173,10 +191,6 @@ def _about(task: Task, against: Recipe | None) -> dict[str, Any]:
         "conditions": conditions(Settings(), task),
         "against": None if against is None else repr(against),
     }
-
-
-def _evaluated(task: Task, against: Recipe | None, recipe: Recipe) -> dict[str, Any]:
-    return evaluate([recipe], Settings(), task, against=against)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seeds=table.seeds,
             consistency=table.consistency,
         )
-        measure(table, task, args.out, [gpu for gpu in args.gpus.split(",") if gpu])
+        make(table, task, args.out, [gpu for gpu in args.gpus.split(",") if gpu])
     return 0
 
 

@@ -148,7 +148,7 @@ def differences(
 
 
 def _rounded(u: jax.Array, ids: jax.Array, book: formatbook.Book) -> jax.Array:
-    """Magnitudes `[..., block]` as dialects `[2, ...]` hold them, in half-units `[2, ..., block]`."""
+    """Magnitudes `[..., block]` as dialects `[2, ...]` hold them, `[2, ..., block]` half-units."""
     index = jnp.asarray(formatbook.index_table(book))[ids[..., None], select.bins(u)]
     values = jnp.asarray(formatbook.magnitudes(book), jnp.float32)
     return values[ids[..., None], index.astype(jnp.int32)]

@@ -1,7 +1,6 @@
 """What `sdq evaluate --model shapes` does: recipes against bf16, as means with standard errors."""
 
 import dataclasses
-import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -42,47 +41,43 @@ MEASURES = {  # name: (words, digits)
 FAST = 1.0  # pixels a frame: faster captions have high motion; things that stay or grow have none
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """Of some recipes on the same prompts.
+
+    Attributes:
+      scores: by the recipe's words; KEEP is the reference, FLOOR the noise floor.
+      work: the share of matrix products that each adds, the reference left out.
+    """
+
+    scores: dict[str, Scores]
+    work: dict[str, float]
+
+
 def evaluate(
     chosen: Sequence[Recipe],
     settings: Settings,
     task: Task,
     checkpoint: str | os.PathLike = WEIGHTS,
-    against: Recipe | None = None,
 ) -> dict[str, Any]:
-    """Measure recipes.
+    """`summaries` of the reference, the noise floor and recipes."""
+    return summaries(measure((FLOOR, *chosen), settings, task, checkpoint))
+
+
+def measure(
+    chosen: Sequence[Recipe | str],
+    settings: Settings,
+    task: Task,
+    checkpoint: str | os.PathLike = WEIGHTS,
+) -> Measured:
+    """Scores of recipes, or of FLOOR, beside the reference.
 
     Args:
       chosen: the recipes.
       settings: how to sample.
       task: which captions and noise.
       checkpoint: the model's weights.
-      against: one to compare them with, prompt by prompt; measured too if it is not among them.
-    Returns:
-      A `summary` by name, for JSON: KEEP is the reference, FLOOR the noise floor, then each recipe
-      by its words.
     """
-    if against is None:
-        scores, work = _measured((FLOOR, *chosen), settings, task, checkpoint)
-    else:
-        scores, work = _base((FLOOR, against), settings, task, os.fspath(checkpoint))
-        rest = [recipe for recipe in chosen if recipe != against]
-        found = _measured(rest, settings, task, checkpoint) if rest else ({}, {})
-        scores, work = scores | found[0], work | found[1]
-    reference = scores["reference"]
-    return {KEEP: summary(reference, reference)} | {
-        name: {
-            "extra_work": work[name],
-            **summary(scores[name], reference),
-            **({"against": differences(scores[name], scores[str(against)])} if against else {}),
-        }
-        for name in work
-    }
-
-
-def _measured(
-    chosen: Sequence[Recipe | str], settings: Settings, task: Task, checkpoint: str | os.PathLike
-) -> tuple[dict[str, Scores], dict[str, float]]:
-    """Scores of recipes or FLOOR, and those of the "reference"; and the work that each adds."""
     params = load(checkpoint)
     models = {
         str(recipe): Model(*recipes.apply(params, recipe, settings))
@@ -90,14 +85,23 @@ def _measured(
         else Model(reordered(params), settings)
         for recipe in dict.fromkeys(chosen)
     }
-    work = {name: recipes.added_work(params, model.settings) for name, model in models.items()}
-    return score(Model(params, settings), models, task), work
+    scores = score(Model(params, settings), models, task)
+    return Measured(
+        {KEEP: scores.pop("reference"), **scores},
+        {name: recipes.added_work(params, model.settings) for name, model in models.items()},
+    )
 
 
-@functools.lru_cache(maxsize=1)
-def _base(*arguments: Any) -> tuple[dict[str, Scores], dict[str, float]]:
-    """What a table's rows are compared with, measured once for all of them."""
-    return _measured(*arguments)
+def summaries(measured: Measured, against: Scores | None = None) -> dict[str, Any]:
+    """A `summary` by name, for JSON; if asked, with `differences` prompt by prompt."""
+    reference = measured.scores[KEEP]
+    found = {KEEP: summary(reference, reference)}
+    for name, added in measured.work.items():
+        scores = measured.scores[name]
+        found[name] = {"extra_work": added, **summary(scores, reference)}
+        if against is not None:
+            found[name]["against"] = differences(scores, against)
+    return found
 
 
 def conditions(

@@ -9,7 +9,7 @@ import pytest
 from models.common.recipes import KEEP, RECIPES
 from models.common.sampler import Sampler
 from models.shapes import evaluation
-from models.shapes.evaluation import FLOOR, differences, summary
+from models.shapes.evaluation import FLOOR, Measured
 from models.shapes.params import WEIGHTS
 from scripts import make_shapes_table
 from scripts._shapes_tables import ABLATION, FORMATS, TABLES
@@ -23,20 +23,18 @@ def measured(monkeypatch):
     """Measuring takes no time; says which recipes were asked for."""
     asked = []
 
-    def evaluate(chosen, settings, task, against=None):
+    def measure(chosen, settings, task):
         assert isinstance(settings.sampler, Sampler) and task.prompts == 4
-        asked.extend(recipe.name for recipe in chosen)
-        scores = {KEEP: REFERENCE, FLOOR: made([1, 1, 1, 0])}
         sums = np.ones((4, 8, 2)) if task.consistency else None
-        for recipe in [*chosen, *([against] if against else [])]:
-            scores[recipe.name] = made([1, 0, 1, 0], differences=sums)
-        found = {name: summary(one, REFERENCE) for name, one in scores.items()}
-        if against is not None:
-            for name in found.keys() - {KEEP}:
-                found[name]["against"] = differences(scores[name], scores[against.name])
-        return found
+        scores = {KEEP: REFERENCE}
+        for one in chosen:
+            is_floor = one == FLOOR
+            asked.extend([] if is_floor else [one.name])
+            right = [1, 1, 1, 0] if is_floor else [1, 0, 1, 0]
+            scores[str(one)] = made(right, differences=None if is_floor else sums)
+        return Measured(scores, {str(one): 0.0 for one in chosen})
 
-    monkeypatch.setattr(make_shapes_table, "evaluate", evaluate)
+    monkeypatch.setattr(make_shapes_table, "measure", measure)
     return asked
 
 
@@ -51,8 +49,8 @@ def run(folder, table="formats"):
 def test_every_recipe_has_a_row(measured, tmp_path, name, table):
     document, page = run(tmp_path, name)
     assert list(document["results"]) == [KEEP, FLOOR, *table.recipes]
-    compared = {table.against.name} if table.against else set()
-    assert set(measured) | compared == set(table.recipes)
+    assert sorted(measured) == sorted(table.recipes)
+    assert table.against is None or measured[0] == table.against.name
     for heading, recipes in table.groups.items():
         part = page.split(f"## {heading}\n")[1] if heading else page
         rows = [line for line in part.split("## ")[0].splitlines() if line.startswith("| ")]
@@ -96,7 +94,7 @@ def test_a_recipe_that_changed_is_measured_again(measured, tmp_path, monkeypatch
     groups = {"": (*changed, *list(table.recipes.values())[1:])}
     monkeypatch.setitem(TABLES, "recipes", dataclasses.replace(table, groups=groups))
     run(tmp_path, "recipes")
-    assert measured == [changed[0].name]
+    assert measured == [table.against.name, changed[0].name]  # what it is compared with first
     measured.clear()
     other = dataclasses.replace(TABLES["recipes"], against=RECIPES["mxfp4"])
     monkeypatch.setitem(TABLES, "recipes", other)

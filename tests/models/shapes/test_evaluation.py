@@ -59,12 +59,8 @@ def test_inconsistency_is_a_share_by_distance():
     assert "inconsistency" not in summary(made([1] * 4), REFERENCE)
 
 
-def test_what_rows_are_compared_with_is_measured_once(monkeypatch):
-    """And gives what measuring all together gives."""
-    asked = []
-
+def test_recipes_measured_apart_give_what_they_give_together(monkeypatch):
     def score(reference, models, task):
-        asked.append(sorted(models))
         found = {name: made([1, 0, 1, 0], ssim=np.full(4, len(name) / 100)) for name in models}
         return {"reference": REFERENCE, **found}
 
@@ -72,17 +68,15 @@ def test_what_rows_are_compared_with_is_measured_once(monkeypatch):
     monkeypatch.setattr(evaluation, "load", lambda checkpoint: None)
     monkeypatch.setattr(evaluation, "reordered", lambda params: params)
     monkeypatch.setattr(evaluation.recipes, "apply", lambda params, recipe, s: (params, s))
-    task, settings = Task(prompts=4, seed=77), Settings()
-    plain, nvfp4, mxfp4 = (RECIPES[name] for name in ("plain", "nvfp4", "mxfp4"))
-    first = evaluation.evaluate([plain, nvfp4], settings, task, against=nvfp4)
-    second = evaluation.evaluate([mxfp4], settings, task, against=nvfp4)
-    assert asked == [["floor", "nvfp4"], ["plain"], ["mxfp4"]]
-    assert list(first) == ["bf16", "floor", "nvfp4", "plain"]
-    assert list(second) == ["bf16", "floor", "nvfp4", "mxfp4"]
-    assert first["nvfp4"] == second["nvfp4"] and "against" in second["mxfp4"]
-    together = evaluation.evaluate([plain], settings, task)
-    assert asked[-1] == ["floor", "plain"]
-    assert first["plain"] | {"against": None} == together["plain"] | {"against": None}
+    task, settings = Task(prompts=4), Settings()
+    plain, nvfp4 = (RECIPES[name] for name in ("plain", "nvfp4"))
+    together = evaluation.evaluate([plain, nvfp4], settings, task)
+    assert list(together) == ["bf16", "floor", "plain", "nvfp4"]
+    apart = evaluation.measure([plain], settings, task)
+    assert evaluation.summaries(apart)["plain"] == together["plain"]
+    compared = evaluation.summaries(apart, made([1, 1, 1, 1], psnr_db=np.full(4, 20.0)))
+    assert list(compared) == ["bf16", "plain"] and "against" not in compared["bf16"]
+    assert compared["plain"]["against"]["psnr_db"]["mean"] == 3
 
 
 def test_a_clip_that_cannot_be_judged_in_the_reference_is_left_out_but_no_other():
