@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels import device, reference, tuning, xla_fp8
 from pallas_kernels.mosaic_gpu import operands, tables
-from pallas_kernels.mosaic_gpu.config import MODES, Config
+from pallas_kernels.mosaic_gpu.config import BF16, MODES, Config
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
 from sdq import QTensor
@@ -43,16 +43,17 @@ def quantized_matmul(
     """activation(x w^T + bias), summed in float32 and rounded once.
 
     Args:
-      x: `[..., K]`: numbers, a QTensor quantised along its last axis, or Fp8Rows.
+      x: `[..., K]`: a QTensor quantised along its last axis, Fp8Rows, or plain numbers, which only
+        the reference takes in float32.
       w: N rows of K: a QTensor `[N, K]` quantised along its last axis or `[K, N]` along its first
         (stored alike); or a TiledWeight, which saves reordering it on every call.
       bias: `[N]`, or None.
       activation: None or "gelu" (by tanh).
       out_dtype: of the result; x's by default.
       implementation: one of IMPLEMENTATIONS; None takes the first that fits (`which` says why).
-      mode: of "mosaic_gpu": "accurate" adds up in float32; "fast" leaves sums to the tensor cores,
-        which is as good where signs mix, and up to a tenth wrong over thousands of numbers of one
-        sign.
+      mode: of "mosaic_gpu" with quantised rows: "accurate" adds up in float32; "fast" leaves sums
+        to the tensor cores, which is as good where signs mix, and up to a tenth wrong over
+        thousands of numbers of one sign.
       config: how "mosaic_gpu" cuts the work, whatever the mode; None looks it up for the shape.
     Returns:
       `[..., N]`.
@@ -66,7 +67,7 @@ def quantized_matmul(
     out_dtype = np.dtype(out_dtype or x.dtype)
     if chosen == "mosaic_gpu":
         config = config or tuning.choose(
-            mode,
+            BF16 if isinstance(x, jax.Array) else mode,
             math.prod(x.shape[:-1]),
             x.shape[-1],
             rows_of(w),
@@ -121,8 +122,13 @@ def supports(
 
 
 def _mosaic_gpu_misfit(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> str | None:
-    if reason := device.without_mosaic_gpu() or _fp8_misfit(x):
+    if reason := device.without_mosaic_gpu():
         return reason
+    if isinstance(x, QTensor | Fp8Rows):
+        if reason := _fp8_misfit(x):
+            return reason
+    elif x.dtype != jnp.bfloat16:
+        return f"x: {x.dtype} numbers; cast them to bfloat16 or quantise them"
     if reason := tables.misfit(w.format):
         return f"w: {reason}"
     if x.shape[-1] % operands.STEP:
@@ -151,17 +157,16 @@ def _mosaic_gpu(
 ) -> jax.Array:
     from pallas_kernels.mosaic_gpu.matmul import matmul  # takes a second to import
 
-    rows = fp8_rows(x) if isinstance(x, QTensor) else x
-    assert isinstance(rows, Fp8Rows)
+    values, scales = _kernel_rows(x)
     tiled = w if isinstance(w, TiledWeight) else operands.tile_weight(w)
-    n, (*lead, k) = rows_of(w), rows.shape
-    values = (rows.values if rows.interleaved else interleave(rows.values)).reshape(-1, k)
+    n, (*lead, k) = rows_of(w), values.shape
+    values = values.reshape(-1, k)
     m = len(values)
     fill_m, fill_n, fill_k = -m % operands.TILE_M, -n % operands.TILE_N, -k % operands.TILE_K
     bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
     y = matmul(
         jnp.pad(values, ((0, fill_m), (0, fill_k))),
-        jnp.pad(row_scales(rows.exponents, bad=1.0).reshape(-1), (0, fill_m)),
+        jnp.pad(scales.reshape(-1), (0, fill_m)),
         tiled,
         row_scales(tiled.exponents, bad=jnp.nan),
         jnp.pad(bias, (0, fill_n)),
@@ -171,6 +176,15 @@ def _mosaic_gpu(
         num_sms=device.current().cores,
     )
     return y[:m, :n].reshape(*lead, n)
+
+
+def _kernel_rows(x: jax.Array | QTensor | Fp8Rows) -> tuple[jax.Array, jax.Array]:
+    """Rows `[..., K]` in the kernel's order, and what each is to be multiplied with."""
+    if isinstance(x, jax.Array):
+        return interleave(x, run=2), jnp.ones(x.shape[:-1], jnp.float32)
+    rows = fp8_rows(x) if isinstance(x, QTensor) else x
+    values = rows.values if rows.interleaved else interleave(rows.values)
+    return values, row_scales(rows.exponents, bad=1.0)
 
 
 def _check(

@@ -52,13 +52,16 @@ def fp8_rows(q: QTensor) -> Fp8Rows:
     return Fp8Rows(values=values, exponents=exponents, dtype=q.dtype)
 
 
-def interleave(x: jax.Array) -> jax.Array:
+def interleave(x: jax.Array, run: int = 4) -> jax.Array:
     """Rows `[..., K]`, K a multiple of 32, in the order in which the Hopper kernel multiplies.
 
-    Of each 32 channels, the runs of four in the order 0 2 4 6 1 3 5 7; `mosaic_gpu/operands.py`
-    says why.
+    Args:
+      x: the rows.
+      run: channels of a 32-bit register: 4 of e4m3, 2 of bf16. Of each 32 channels, the runs come
+        in the order 0 2 4 6 1 3 5 7, or 0 4 8 12 1 5 9 13 and so on; `mosaic_gpu/operands.py` says
+        why.
     """
-    return _swapped(x, 4, 2)
+    return _swapped(x, 4, 8 // run)
 
 
 def deinterleave(x: jax.Array) -> jax.Array:
@@ -67,7 +70,7 @@ def deinterleave(x: jax.Array) -> jax.Array:
 
 
 def _swapped(x: jax.Array, outer: int, inner: int) -> jax.Array:
-    runs = x.reshape(*x.shape[:-1], -1, outer, inner, 4)
+    runs = x.reshape(*x.shape[:-1], -1, outer, inner, 32 // (outer * inner))
     return jnp.swapaxes(runs, -3, -2).reshape(x.shape)
 
 

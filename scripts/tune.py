@@ -22,7 +22,7 @@ import numpy as np
 
 import sdq
 from pallas_kernels import device, quantized_matmul
-from pallas_kernels.mosaic_gpu.config import FEW, MODES, Config, fitted, heuristic
+from pallas_kernels.mosaic_gpu.config import BASES, BF16, FEW, Config, fitted, heuristic
 from pallas_kernels.mosaic_gpu.operands import tile_weight
 from pallas_kernels.rows import Fp8Rows
 from pallas_kernels.tuning import as_entry, file_name
@@ -34,6 +34,30 @@ AT_ONCE = 8  # compilations
 FORMAT = "sdq32:16"
 
 
+SHAPES: dict[str, tuple[dict[str, int], ...]] = {
+    "fast": (
+        {"tile_m": 256},
+        {"tile_m": 224},
+        {"tile_m": 192},
+        {"tile_m": 128, "rows_n": 128},
+        {"tile_m": 128, "warpgroups": 3},
+        {"tile_m": 160, "warpgroups": 3},
+    ),
+    "accurate": (
+        {"tile_m": 192},
+        {"tile_m": 224},
+        {"tile_m": 128, "parts": 1},
+        {"tile_m": 96, "parts": 1, "warpgroups": 3},
+    ),
+    BF16: (
+        {"tile_m": 192},
+        {"tile_m": 224},
+        {"tile_m": 256},
+        {"tile_m": 128, "warpgroups": 3},
+    ),
+}
+
+
 def candidates(mode: str, m: int) -> Iterator[Config]:
     """Ways worth trying for m rows."""
     base = heuristic(mode, m)
@@ -42,44 +66,31 @@ def candidates(mode: str, m: int) -> Iterator[Config]:
         for warpgroups, stages in itertools.product((1, 2), (4, 6, 8, 12, 16)):
             yield dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
         return
-    shapes: tuple[dict[str, int], ...] = (
-        (
-            {"tile_m": 256},
-            {"tile_m": 224},
-            {"tile_m": 192},
-            {"tile_m": 128, "rows_n": 128},
-            {"tile_m": 128, "warpgroups": 3},
-            {"tile_m": 160, "warpgroups": 3},
-        )
-        if mode == "fast"
-        else (
-            {"tile_m": 192},
-            {"tile_m": 224},
-            {"tile_m": 128, "parts": 1},
-            {"tile_m": 96, "parts": 1, "warpgroups": 3},
-        )
-    )
-    for shape, cluster, width in itertools.product(shapes, (1, 2), (4, 16)):
+    for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 16)):
         changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
         yield fitted(changed, 2)
 
 
-def operands(linear: Linear) -> tuple[Fp8Rows, Any]:
-    """Random ones, quantised."""
+def operands(linear: Linear, mode: str) -> tuple[jax.Array | Fp8Rows, Any]:
+    """Random ones, quantised as the mode wants them."""
     keys = jax.random.split(jax.random.key(0))
     w = jax.random.normal(keys[0], (linear.n, linear.k), jnp.bfloat16)
-    x = Fp8Rows(
-        values=jax.random.normal(keys[1], (linear.m, linear.k)).astype(jnp.float8_e4m3fn),
+    tiled = tile_weight(sdq.quantize(w, FORMAT, select="two_stage"))
+    x = jax.random.normal(keys[1], (linear.m, linear.k), jnp.bfloat16)
+    if mode == BF16:
+        return x, tiled
+    rows = Fp8Rows(
+        values=x.astype(jnp.float8_e4m3fn),
         exponents=jnp.zeros((linear.m, 1), jnp.int8),
         dtype=np.dtype(jnp.bfloat16),
         interleaved=True,
     )
-    return x, tile_weight(sdq.quantize(w, FORMAT, select="two_stage"))
+    return rows, tiled
 
 
 def measure(linear: Linear, mode: str) -> list[tuple[float, Config]]:
     """Seconds of every candidate that compiles, the fastest first."""
-    x, w = operands(linear)
+    x, w = operands(linear, mode)
     configs = list(dict.fromkeys(candidates(mode, linear.m)))
 
     def program(config: Config) -> Callable[..., jax.Array]:
@@ -103,7 +114,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the tables")
     parser.add_argument("--only", default="", help="workloads whose name holds this")
-    parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="*", choices=list(BASES), default=list(BASES))
     args = parser.parse_args()
     file = args.out / file_name(device.current().kind)
     known = json.loads(file.read_text())["entries"] if file.exists() else []

@@ -1,4 +1,4 @@
-"""Ops that run on kernels: inputs become fp8 rows, products are `pallas_kernels.quantized_matmul`.
+"""Ops on kernels: quantised inputs become fp8 rows, products `pallas_kernels.quantized_matmul`.
 
 The numbers are those of the plain Ops to the last bit; products differ by how sums are rounded.
 Nothing is chosen in silence: what no kernel can do is an error that says why.
@@ -22,11 +22,11 @@ def on_kernels(ops: Ops) -> Ops:
     """The same Ops with kernels for rounding and products.
 
     Raises:
-      ValueError: inputs are not quantised, or their blocks choose otherwise than in two stages.
+      ValueError: blocks of inputs choose otherwise than in two stages.
     """
     quantizer = ops.quantizer
-    if not isinstance(quantizer, InputQuantizer | SemanticDialect):
-        raise ValueError(f"quantizer: {type(quantizer).__name__} quantises no inputs")
+    if not isinstance(quantizer, InputQuantizer | SemanticDialect):  # inputs stay bf16
+        return dataclasses.replace(ops, matmul=matmul)
     for rule in quantizer.rules:
         if rule.rule not in (None, "two_stage"):
             raise ValueError(f"select: kernels choose in two stages, not by {rule.rule!r}")
@@ -53,10 +53,10 @@ def matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
 ) -> jax.Array:
-    """As `layers.matmul`; operands that are both quantised are multiplied by a kernel."""
-    if isinstance(x, Fp8Rows) and isinstance(kernel, QTensor | TiledWeight):
+    """As `layers.matmul`; fp8 rows and weights that are tiled are multiplied by a kernel."""
+    if isinstance(kernel, TiledWeight) or (isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)):
         return quantized_matmul(x, kernel, bias=bias, activation=activation)
-    if isinstance(x, Fp8Rows) or isinstance(kernel, TiledWeight):
+    if isinstance(x, Fp8Rows):
         raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
     return layers.matmul(x, kernel, bias=bias, activation=activation)
 

@@ -18,6 +18,7 @@ class Config:
       parts: of the columns that are promoted one after another, because all at once would need
         registers for two results. More than one needs promote = 1.
       width: tiles along M before the next tile along N, for reuse in L2.
+      x_bytes: of a number of x: 1, fp8, or 2, bf16.
     """
 
     rows_n: int = 64
@@ -28,12 +29,18 @@ class Config:
     promote: int = 0
     parts: int = 1
     width: int = 8
+    x_bytes: int = 1
 
     def __post_init__(self):
         for name, of, most in (("rows_n", 64, 128), ("tile_m", 16, 256)):
             if not 0 < (value := getattr(self, name)) <= most or value % of:
                 raise ValueError(f"{name}: expected a multiple of {of} up to {most}, got {value}")
-        for name, least, most in (("warpgroups", 1, 3), ("stages", 2, 16), ("cluster", 1, 2)):
+        for name, least, most in (
+            ("warpgroups", 1, 3),
+            ("stages", 2, 16),
+            ("cluster", 1, 2),
+            ("x_bytes", 1, 2),
+        ):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}: expected in [{least}, {most}], got {value}")
         if self.parts > 1 and (self.promote != 1 or self.tile_m % (16 * self.parts)):
@@ -59,23 +66,25 @@ class Config:
 
     def shared_memory(self, out_bytes: int) -> int:
         """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
-        slot = self.tile_m * TILE_K + self.tile_n * (TILE_K // 2 + 8)
+        slot = self.tile_m * TILE_K * self.x_bytes + self.tile_n * (TILE_K // 2 + 8)
         staging = self.warpgroups * 2 * self.piece * PIECE_N * out_bytes
         return self.stages * slot + staging + SMALL_THINGS
 
 
 TILE_K = 128  # channels of a slot
 PIECE_N = 64  # columns of the result that leave together
-SMALL_THINGS = 4096  # table and barriers
+SMALL_THINGS = 6144  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 
-MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}
+MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}  # of fp8 rows
+BF16 = "bf16"  # stands where a mode does: of bf16 rows, whose sums are float32 anyway
+BASES = {**MODES, BF16: Config(tile_m=192, x_bytes=2)}
 FEW = 64  # rows of x with which a product only reads weights
 
 
 def heuristic(mode: str, m: int, out_bytes: int = 2) -> Config:
-    """For m rows of x that nobody has tuned."""
-    config = MODES[mode]
+    """For m rows of x that nobody has tuned; a mode of MODES, or BF16."""
+    config = BASES[mode]
     if m <= FEW:  # many blocks with many small slots, so that the memory is always busy
         few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1, "parts": 1}
         return fitted(dataclasses.replace(config, **few), out_bytes, most=12)

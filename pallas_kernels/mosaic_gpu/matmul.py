@@ -1,4 +1,4 @@
-"""The matmul of 4-bit weights and fp8 rows on Hopper's tensor cores.
+"""The matmul of 4-bit weights and fp8 or bf16 rows on Hopper's tensor cores.
 
 out^T = W x^T, a tile of `tile_n` weight rows by `tile_m` rows of x at a time. One warpgroup copies
 operands into shared memory, a ring of `stages` slots that never drains between tiles; the others
@@ -42,7 +42,7 @@ def matmul(
     """activation((x x_scale) (w w_scale)^T + bias).
 
     Args:
-      x: e4m3 `[M, K]`, interleaved; whole tiles, as w.
+      x: e4m3 or bf16 `[M, K]`, interleaved; whole tiles, as w.
       x_scale: float32 `[M]`, of the rows.
       w: the weight, of N rows with those that fill the last tile.
       w_scale: float32 `[N]`.
@@ -56,8 +56,11 @@ def matmul(
     Returns:
       `[M, N]`.
     """
+    if x.dtype.itemsize != config.x_bytes:
+        raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
     m, _ = x.shape
     n = w.words.shape[0]
+    table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps = w.metadata.shape[0]
     halves = w.halves
@@ -137,9 +140,11 @@ def matmul(
                 metadata = metadata_s.at[slot, group]
                 if interpret is not None:
                     words = words_s[slot, rows]
-                    return decoded(words, metadata[...], table_s[...], halves=halves), words
+                    parts = words, metadata[...], table_s[...]
+                    return decoded(*parts, halves=halves, dtype=x.dtype), words
                 words = _load(words_s.at[slot, rows], word_layout())
-                return decode_magnitudes(words, metadata, table_s, halves=halves), words
+                held = decode_magnitudes(words, metadata, table_s, halves=halves, dtype=x.dtype)
+                return held, words
 
             def operand(held):
                 """Of `wgmma`."""
@@ -263,13 +268,13 @@ def matmul(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
-            x_s=swizzled((config.tile_m, TILE_K), jnp.float8_e4m3fn),
+            x_s=swizzled((config.tile_m, TILE_K), x.dtype),
             words_s=swizzled((config.tile_n, TILE_K // 8), jnp.uint32),
             metadata_s=plgpu.SMEM((config.stages, config.warpgroups, width), jnp.uint32),
-            table_s=plgpu.SMEM((4, 128), jnp.uint32),
+            table_s=plgpu.SMEM(table.shape, jnp.uint32),
             weights_s=None
             if interpret is None
-            else plgpu.SMEM((config.warpgroups, config.rows_n, TILE_K), jnp.float8_e4m3fn),
+            else plgpu.SMEM((config.warpgroups, config.rows_n, TILE_K), x.dtype),
             out_s=_swizzled((2, config.piece, PIECE_N), out_dtype, stages=config.warpgroups),
             full=plgpu.Barrier(num_arrivals=2 + config.warpgroups, num_barriers=config.stages),
             free=_free_barrier(config),
@@ -285,7 +290,7 @@ def matmul(
         _padded(x_scale, config.tile_m),
         w.words,
         w.metadata,
-        jnp.asarray(look_up_table(w.format)).reshape(4, 128),
+        table,
         _padded(w_scale, config.tile_n * config.cluster),
         _padded(bias, config.tile_n * config.cluster),
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -56,9 +57,9 @@ def thread() -> Register:
     return both(_asm("mov.u32 $0, %tid.x;"), 127)
 
 
-def permute(low: Register, high: Register, selector: Register) -> Register:
+def permute(low: Register, high: Register, selector: Register | int) -> Register:
     """Four of the eight bytes of (low, high), named by the low four nibbles of the selector."""
-    return _asm("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+    return _asm("prmt.b32 $0, $1, $2, $3;", low, high, _register(selector))
 
 
 def dot_bytes(bytes_: Register, by: int, plus: Register) -> Register:
@@ -76,10 +77,10 @@ def load(at: Register, offset: int = 0) -> Register:
     return llvm.load(i32(), _pointer(at, offset))
 
 
-def load_pair(at: Register) -> tuple[Register, Register]:
-    """Two words of shared memory, aligned to 8 bytes."""
-    pair = llvm.load(ir.VectorType.get((2,), i32()), _pointer(at, 0))
-    return vector.extract(pair, [], [0]), vector.extract(pair, [], [1])
+def load_words(at: Register, count: int) -> list[Register]:
+    """2 or 4 words of shared memory, aligned to as many."""
+    words = llvm.load(ir.VectorType.get((count,), i32()), _pointer(at, 0), alignment=4 * count)
+    return [vector.extract(words, [], [i]) for i in range(count)]
 
 
 def scalar(value: Any) -> Register:
@@ -87,16 +88,16 @@ def scalar(value: Any) -> Register:
     return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value
 
 
-def as_e4m3(register: Register) -> Any:
-    """Four bytes as a vector of four numbers."""
-    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-    return utils.bitcast(
-        utils.bitcast(register, four), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
-    )
+def as_vector(register: Register, dtype: Any) -> Any:
+    """Four bytes as a vector of four e4m3 numbers or two bf16 ones."""
+    one = utils.dtype_to_ir_type(jnp.dtype(dtype))
+    count = 4 // jnp.dtype(dtype).itemsize
+    bits = ir.VectorType.get((count,), ir.IntegerType.get_signless(32 // count))
+    return utils.bitcast(utils.bitcast(register, bits), ir.VectorType.get((count,), one))
 
 
-def from_e4m3(value: Any) -> Register:
-    """The inverse of as_e4m3."""
+def from_vector(value: Any) -> Register:
+    """The inverse of as_vector."""
     return utils.bitcast(value, i32())
 
 

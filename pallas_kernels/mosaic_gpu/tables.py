@@ -9,6 +9,7 @@ row.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,17 @@ def metadata(encoded: Encoded, fmt: Format) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.cache
-def look_up_table(fmt: Format) -> np.ndarray:
-    """uint32 `[512]`: two words of four e4m3 magnitudes for each byte."""
+def look_up_table(fmt: Format, dtype: Any = jnp.float8_e4m3fn) -> np.ndarray:
+    """uint32, for each metadata byte the eight magnitudes.
+
+    Args:
+      fmt: of the weight.
+      dtype: e4m3, two words: the numbers; or bf16, four: their low bytes, their high bytes.
+    """
     if fmt.family == "dialect":
         table = formatbook.fp8_table(formatbook.BOOKS[fmt.book or ""])
     else:
         steps = 2.0 ** (MX_LIFT - np.arange(256))
         table = (steps[:, None] * e2m1.VALUES).astype(ml_dtypes.float8_e4m3fn)
-    return np.ascontiguousarray(table).view(np.uint32).reshape(-1)
+    bytes_ = table.astype(dtype).view(np.uint8).reshape(256, 8, -1).swapaxes(1, 2)
+    return np.ascontiguousarray(bytes_).reshape(-1).view(np.uint32)

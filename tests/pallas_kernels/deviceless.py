@@ -82,25 +82,26 @@ def compile_matmul(
     mode: str = "fast",
     **changes: int,
 ) -> None:
-    """One case, for an H100; `changes` are of the heuristic's Config."""
+    """One case, for an H100; mode BF16 has bf16 rows, `changes` are of the heuristic's Config."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import sdq
     from pallas_kernels import quantized_matmul
-    from pallas_kernels.mosaic_gpu.config import fitted, heuristic
+    from pallas_kernels.mosaic_gpu.config import BF16, fitted, heuristic
     from pallas_kernels.mosaic_gpu.operands import tile_weight
     from pallas_kernels.rows import Fp8Rows
 
     q = jax.eval_shape(lambda w: sdq.quantize(w, format), jax.ShapeDtypeStruct((n, k), jnp.float32))
+    rows = Fp8Rows(
+        values=jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn),
+        exponents=jax.ShapeDtypeStruct((m, 1), jnp.int8),
+        dtype=np.dtype(jnp.bfloat16),
+        interleaved=True,
+    )
     shapes = (
-        Fp8Rows(
-            values=jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn),
-            exponents=jax.ShapeDtypeStruct((m, 1), jnp.int8),
-            dtype=np.dtype(jnp.bfloat16),
-            interleaved=True,
-        ),
+        jax.ShapeDtypeStruct((m, k), jnp.bfloat16) if mode == BF16 else rows,
         jax.eval_shape(tile_weight, q),
         jax.ShapeDtypeStruct((n,), jnp.float32),
     )

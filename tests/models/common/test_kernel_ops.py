@@ -71,9 +71,16 @@ def test_kernels_are_reordered_once(quantised):
     assert tiled["blocks"]["ffn"]["up"]["bias"] is quantised["blocks"]["ffn"]["up"]["bias"]
 
 
+def test_inputs_in_bf16_take_the_kernel_too(quantised):
+    tiled = tile_kernels(quantised)["blocks"]["ffn"]["up"]["kernel"]
+    one = jax.tree.map(lambda part: part[0], tiled)
+    x = jnp.ones((2, tiled.shape[-2]), jnp.float32)
+    assert on_kernels(Ops()).matmul is matmul and isinstance(one, TiledWeight)
+    with pytest.raises(ValueError, match="no implementation fits"):  # without a Hopper GPU
+        matmul(x, one)
+
+
 def test_what_no_kernel_does_says_so(quantised):
-    with pytest.raises(ValueError, match="Keep quantises no inputs"):
-        on_kernels(Ops())
     lut = dataclasses.replace(PLAIN, rules=(SiteRule("blocks/.*", "sdq32:16", "lut"),))
     with pytest.raises(ValueError, match="kernels choose in two stages, not by 'lut'"):
         on_kernels(Ops(quantizer=lut))

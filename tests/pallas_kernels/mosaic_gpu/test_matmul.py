@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 import sdq
-from pallas_kernels.mosaic_gpu.config import MODES, SHARED_MEMORY, TILE_K, Config, heuristic
+from pallas_kernels.mosaic_gpu.config import (
+    BASES,
+    BF16,
+    SHARED_MEMORY,
+    TILE_K,
+    Config,
+    heuristic,
+)
 from pallas_kernels.mosaic_gpu.operands import TILE_N, tile_weight
 from pallas_kernels.rows import fp8_rows, interleave, row_scales
 from tests.pallas_kernels import deviceless
@@ -25,6 +32,8 @@ SMALL = Config(tile_m=64, stages=2)
         (70, 72, 640, "sdq32:16", Config(tile_m=64, stages=2, promote=2)),  # 2 + 2 + 1 tiles of K
         (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1, parts=2)),
         (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
+        (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
+        (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
     ],
 )
 def test_interpreted(rng, capfd, m, n, k, fmt, config):
@@ -32,14 +41,20 @@ def test_interpreted(rng, capfd, m, n, k, fmt, config):
 
     from pallas_kernels.mosaic_gpu.matmul import matmul
 
-    numbers = rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1)))
-    x = sdq.quantize(jnp.asarray(numbers, jnp.float32), fmt)
+    numbers = jnp.asarray(rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1))), jnp.bfloat16)
     w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), fmt)
     bias = jnp.asarray(rng.randn(n), jnp.float32)
-    rows, tiled = fp8_rows(x), tile_weight(w)
+    tiled = tile_weight(w)
+    if config.x_bytes == 2:
+        x, values, scales = numbers, interleave(numbers, run=2), jnp.ones(m, jnp.float32)
+    else:
+        q = sdq.quantize(numbers, fmt)
+        rows = fp8_rows(q)
+        x, values = sdq.dequantize(q, jnp.float32), interleave(rows.values)
+        scales = row_scales(rows.exponents, bad=1.0)[:, 0]
     y = matmul(
-        jnp.pad(interleave(rows.values), ((0, 0), (0, -k % TILE_K))),
-        row_scales(rows.exponents, bad=1.0)[:, 0],
+        jnp.pad(values, ((0, 0), (0, -k % TILE_K))),
+        scales,
         tiled,
         row_scales(tiled.exponents, bad=jnp.nan),
         jnp.pad(bias, (0, -n % TILE_N)),
@@ -49,9 +64,9 @@ def test_interpreted(rng, capfd, m, n, k, fmt, config):
         num_sms=2,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )[:, :n]
-    expected = np.asarray(sdq.dequantize(x), np.float64) @ np.asarray(
-        sdq.dequantize(w), np.float64
-    ).T + np.asarray(bias, np.float64)
+    expected = np.asarray(x, np.float64) @ np.asarray(sdq.dequantize(w), np.float64).T + np.asarray(
+        bias, np.float64
+    )
     error = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
     assert error < k**0.5 * 2**-24  # float32 sums of k exact products
     assert "RACE" not in "".join(capfd.readouterr())
@@ -70,6 +85,8 @@ def reports(tmp_path_factory):
         "float32": shape | {"out_dtype": "float32"},
         "few rows": {"m": 40, "n": 5120, "k": 5120},
         "one row": {"m": 1, "n": 5120, "k": 5120, "mode": "accurate"},
+        "bf16": shape | {"mode": BF16},
+        "bf16, few rows": {"m": 40, "n": 5120, "k": 5120, "mode": BF16},
     }
     folder = tmp_path_factory.mktemp("dumps")
     return dict(zip(cases, deviceless.compiled(folder, list(cases.values())), strict=True))
@@ -82,7 +99,8 @@ def test_compiled_for_a_hopper_gpu(reports):
         assert not report.serialized, name
         assert report.shared_memory <= SHARED_MEMORY, name
         if report.instructions:
-            assert {"QGMMA", "PRMT", "IDP", "UTMALDG", "UTMASTG"} <= report.instructions, name
+            product = "HGMMA" if "bf16" in name else "QGMMA"
+            assert {product, "PRMT", "IDP", "UTMALDG", "UTMASTG"} <= report.instructions, name
 
 
 def test_bad_configurations_say_so():
@@ -94,9 +112,23 @@ def test_bad_configurations_say_so():
         Config(stages=1)
 
 
-@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_another_width_are_refused():
+    from pallas_kernels.mosaic_gpu.matmul import matmul
+
+    with pytest.raises(ValueError, match="config: x_bytes is 2, but x is float8_e4m3fn"):
+        matmul(
+            jnp.zeros((8, 128), jnp.float8_e4m3fn),
+            *[None] * 4,
+            activation=None,
+            config=heuristic(BF16, 8),
+            out_dtype=jnp.float32,
+            num_sms=1,
+        )
+
+
+@pytest.mark.parametrize("mode", BASES)
 @pytest.mark.parametrize("m", [1, 64, 100, 32760])
 def test_the_heuristic_fits(mode, m):
     config = heuristic(mode, m, out_bytes=4)
     assert config.shared_memory(4) <= SHARED_MEMORY
-    assert config.stages >= 3 and config.tile_m < m + 64
+    assert config.stages * config.x_bytes >= 3 and config.tile_m < m + 64

@@ -47,6 +47,16 @@ def test_against_float64(rng, m, n, k, fmt, mode):
     assert relative(ours(x, w, mode=mode), exact(x, w)) < TOLERANCE[mode]
 
 
+@pytest.mark.parametrize("fmt", ["sdq32:16", "sdq32:32", "mxfp4"])
+@pytest.mark.parametrize("m, n, k", [(1000, 1536, 1536), (264, 200, 800), (3, 40, 32)])
+def test_unquantised_rows_against_float64(rng, m, n, k, fmt):
+    x = jnp.asarray(rng.randn(m, k) * np.exp2(rng.randint(-20, 20, (m, 1))), jnp.bfloat16)
+    w = sdq.quantize(jnp.asarray(rng.standard_t(4, (n, k)), jnp.float32), fmt)
+    assert which(x, w).implementation == "mosaic_gpu"
+    expected = np.asarray(x, np.float64) @ np.asarray(sdq.dequantize(w), np.float64).T
+    assert relative(ours(x, w, out_dtype="float32"), expected) < 1e-5  # float32 sums
+
+
 @pytest.mark.parametrize("change", [{}, {"cluster": 2}, {"tile_m": 128, "parts": 1}, {"stages": 2}])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_cut_gives_the_same_bits(rng, mode, change):

@@ -7,7 +7,7 @@ import sdq
 from pallas_kernels.mosaic_gpu.decode import decoded
 from pallas_kernels.mosaic_gpu.operands import TILE_K, tile_weight
 from pallas_kernels.mosaic_gpu.tables import look_up_table, misfit
-from pallas_kernels.rows import interleave
+from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
 from sdq.codecs import Encoded
 from sdq.qtensor import pack
@@ -15,14 +15,16 @@ from sdq.qtensor import pack
 FORMATS = ["sdq32:16", "sdq32:32", "sdq32:64", "dialectfp4:16", "e2m1:32"]
 
 
-def decode_all(tiled):
+def decode_all(tiled, dtype=jnp.float8_e4m3fn):
     rows = tiled.words.shape[0]
-    table = jnp.asarray(look_up_table(tiled.format))
+    kind = {"halves": tiled.halves, "dtype": dtype}
+    table = jnp.asarray(look_up_table(tiled.format, dtype))
     tiles = [
-        decoded(tiled.words[:, 16 * tile :][:, :16], metadata, table, halves=tiled.halves)
+        decoded(tiled.words[:, 16 * tile :][:, :16], metadata, table, **kind)
         for tile, metadata in enumerate(tiled.metadata.reshape(-1, rows * tiled.halves))
     ]
-    numbers = np.concatenate([np.asarray(tile).view(np.uint8) for tile in tiles], axis=1)
+    bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
+    numbers = np.concatenate([np.asarray(tile).view(bits) for tile in tiles], axis=1)
     assert not numbers[tiled.count :].any()
     return numbers[: tiled.count]
 
@@ -36,6 +38,14 @@ def test_decoding_gives_the_interleaved_numbers(rng, fmt, k):
     filled = np.pad(np.asarray(values).view(np.uint8), ((0, 0), (0, -k % TILE_K)))
     np.testing.assert_array_equal(decode_all(tiled), interleave(filled))
     np.testing.assert_array_equal(tiled.exponents[:24], exponents[:, 0])
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "mxfp4"])
+def test_numbers_in_bf16_are_the_same_in_their_own_order(rng, fmt):
+    tiled = tile_weight(sdq.quantize(jnp.asarray(rng.randn(24, 160), jnp.float32), fmt))
+    numbers = deinterleave(decode_all(tiled).view(ml_dtypes.float8_e4m3fn))
+    wide = decode_all(tiled, jnp.bfloat16).view(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(wide, interleave(numbers.astype(ml_dtypes.bfloat16), run=2))
 
 
 def test_every_table_entry_and_code():
