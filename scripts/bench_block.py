@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,18 +19,19 @@ import jax.numpy as jnp
 
 from models.common.attention import attention
 from models.common.kernel_ops import on_kernels, tile_kernels
-from models.common.layers import Ops
+from models.common.layers import Ops, matmul
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.recipes import INPUTS, KERNELS
 from models.common.rope import rope_table
 from models.common.semantic import Decomposition, SemanticDialect, Sharing
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Block
-from models.wan.sites import VIDEO_SITES, video_inputs
-from pallas_kernels import device
+from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
+from pallas_kernels import TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import back_to_back_seconds, peak_bytes
 from sdq import Rule, quantize_params, resolve
+from sdq.rules import path_of
 
 FORMAT = "sdq32:16"
 TEXT = 512
@@ -59,7 +61,7 @@ def random_block(config: WanConfig, arguments: tuple[Any, ...]) -> Any:
     return jax.tree.unflatten(tree, [leaf(*both) for both in zip(keys, leaves, strict=True)])
 
 
-def quantised(params: Any) -> Any:
+def in_4_bits(params: Any) -> Any:
     """4-bit kernels in the order of the Hopper kernel."""
     tree = {"blocks": params}
     plan = resolve([Rule(KERNELS, FORMAT, select="two_stage"), Rule(r".*", None)], tree)
@@ -80,7 +82,7 @@ def semantic_dialect(config: WanConfig, grid: tuple[int, int, int], tokens: int)
 
 
 def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result], dict[str, float]]:
-    """Whole blocks, and milliseconds of the attention alone."""
+    """Whole blocks, and milliseconds of their parts alone."""
     tokens = grid[0] * grid[1] * grid[2]
     keys = jax.random.split(jax.random.key(1), 6)
     x = jax.random.normal(keys[0], (1, tokens, config.width), jnp.bfloat16)
@@ -88,7 +90,7 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
     modulation = jax.random.normal(keys[2], (1, 1, 6, config.width))
     rope = rope_table(grid, config.rope_widths, config.rope_theta)
     params = random_block(config, (x, text, None, modulation, rope, None))
-    fewer = quantised(params)
+    fewer = in_4_bits(params)
     online = semantic_dialect(config, grid, tokens)
     state = jax.tree.map(lambda part: part[0], online.initial_state(1, 1))
     state = online.at_step(online.at_step(state, jnp.int32(1)), jnp.int32(2))
@@ -115,10 +117,39 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
                 peak_mib=peak_bytes(compiled) / 2**20,
             )
         )
+    return found, parts(config, tokens, params, fewer)
+
+
+def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, float]:
+    """Milliseconds of what a block consists of, each alone: self-attention, linears, quantising."""
+    keys = iter(jax.random.split(jax.random.key(2), 3 + len(SITES)))
     heads = (1, tokens, config.heads, config.head_width)
-    q, k, v = (jax.random.normal(key, heads, jnp.bfloat16) for key in keys[3:])
-    alone = back_to_back_seconds(functools.partial(jax.jit(attention), q, k, v))
-    return found, {"self-attention alone": 1e3 * alone}
+    q, k, v = (jax.random.normal(next(keys), heads, jnp.bfloat16) for _ in range(3))
+    found = {"self-attention": _milliseconds(attention, q, k, v)}
+    names = "linears in bf16", "linears in 4 bits", "quantising their inputs"
+    found |= dict.fromkeys(names, 0.0)
+    dense, quantised = (
+        {path_of(at): leaf for at, leaf in _leaves(tree)} for tree in (params, fewer)
+    )
+    for site, linears in SITES.items():
+        kernels = [f"{linear}/kernel" for linear in linears]
+        shape = (1, TEXT if site in TEXT_SITES else tokens, dense[kernels[0]].shape[0])
+        x = jax.random.normal(next(keys), shape, jnp.bfloat16)
+        quantize = functools.partial(quantize_rows, fmt=FORMAT)
+        rows = jax.jit(quantize)(x).rows
+        found["quantising their inputs"] += _milliseconds(quantize, x)
+        for path in kernels:
+            found["linears in bf16"] += _milliseconds(matmul, x, dense[path])
+            found["linears in 4 bits"] += _milliseconds(quantized_matmul, rows, quantised[path])
+    return found
+
+
+def _milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
+    return 1e3 * back_to_back_seconds(functools.partial(jax.jit(function), *arguments))
+
+
+def _leaves(tree: Any) -> Any:
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, TiledWeight))
 
 
 def to_markdown(found: list[Result], parts: dict[str, float], where: dict[str, str]) -> str:
@@ -126,8 +157,8 @@ def to_markdown(found: list[Result], parts: dict[str, float], where: dict[str, s
     return results.page(
         "A block of Wan on kernels",
         where,
-        "Whole blocks: norms, linears, attention to itself and to the text, residuals. Peak: "
-        "arguments, outputs and temporaries.",
+        "Whole blocks: norms, linears, attention to itself and to the text, residuals; below them "
+        "parts alone. Peak: arguments, outputs and temporaries.",
         "",
         "| | ms | against bf16 | peak MiB |",
         "|---|---|---|---|",
