@@ -19,7 +19,8 @@ def sqnr_db(summary: Mapping[str, Any]) -> dict[str, float]:
 def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathlib.Path:
     """PSNR, SQNR and accuracy of every row with error bars, group by group.
 
-    Where inconsistency was measured, also how it depends on the frames between two tokens.
+    Where inconsistency was measured, also how it depends on the frames between two tokens: of the
+    groups about SeDA, if there are any.
     """
     import matplotlib.figure
 
@@ -29,7 +30,9 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
     }
     groups = {heading: names for heading, names in groups.items() if names}
     rows = sum(map(len, groups.values())) + len(groups)
-    shared = [name for name in table.recipes if "by_distance" in measured.get(name, {})]
+    compared = [h for h in groups if "SeDA" in h] or list(groups)
+    shared = [n for h in compared for n in groups[h] if "by_distance" in measured[n]]
+    shared = list(dict.fromkeys(shared))
     extra = 3.2 if shared else 0.0
     figure = matplotlib.figure.Figure(figsize=(11, 1.2 + 0.26 * rows + extra), layout="constrained")
     above, below = figure, None
@@ -73,7 +76,7 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
             axes.plot([100 * m if m is not None else None for m in means], label=name, **style)
         axes.set_xlabel("frames of tokens between the two")
         axes.set_ylabel("inconsistency, %")
-        axes.legend(fontsize=6, ncols=3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     return path

@@ -1,4 +1,4 @@
-"""What `make_shapes_table` measures: three tables, as data."""
+"""What `make_shapes_table` measures: four tables, as data."""
 
 import dataclasses
 
@@ -51,6 +51,7 @@ def _shared(name: str, **changes) -> Recipe:
 
 
 PLAIN = RECIPES["plain"]
+ALONE = _full("without SeDA", sharing=None)
 
 COMMON = (
     "Right: videos in which the detectors find everything that the caption says; lost: points "
@@ -58,6 +59,19 @@ COMMON = (
     "the velocity where bf16 was, mean over the steps. ± standard error. The floor is bf16 "
     "with its sums in another order."
 )
+INCONSISTENCY = (
+    "Inconsistency: how differently two tokens of one thing round the same numbers, root mean "
+    "square as a share of the numbers, over all pairs of tokens of a thing."
+)
+
+
+def _gained(against: str) -> str:
+    return (
+        f"Gained: against {against}, prompt by prompt; PSNR also where things stay, grow or shrink "
+        "(low motion) and where they travel (high)."
+    )
+
+
 MEASURED = ("right %", "lost", "PSNR dB", "SSIM", "SQNR dB", "flicker", "along the motion")
 
 FORMATS = Table(
@@ -83,9 +97,7 @@ RECIPE_TABLE = Table(
     stem="shapes_recipes",
     title="The shapes model under every recipe",
     text="Recipes as `sdq recipes` lists them. " + COMMON + " Extra work: matrix products that "
-    "decomposition adds, of those of the blocks' linears. Gained: against nvfp4, prompt by "
-    "prompt; PSNR also where things stay, grow or shrink (low motion) and where they travel "
-    "(high).",
+    f"decomposition adds, of those of the blocks' linears. {_gained('nvfp4')}",
     groups={"": tuple(RECIPES.values())},
     columns=("recipe", "weights", "activations", "extra work %", *MEASURED, *COMPARED),
     seeds=3,
@@ -97,10 +109,7 @@ ABLATION = Table(
     title="What each part of SemanticDialect does on the shapes model",
     text="4.5 bits for weights and activations unless said. "
     + COMMON
-    + " Inconsistency: how differently two tokens of one thing round the same numbers, root mean "
-    "square as a share of the numbers, over all pairs of tokens of a thing. Gained: against "
-    "semanticdialect, prompt by prompt; PSNR also where things stay, grow or shrink (low motion) "
-    "and where they travel (high).",
+    + f" {INCONSISTENCY} {_gained('semanticdialect')}",
     groups={
         "One part alone": (
             PLAIN,
@@ -114,7 +123,7 @@ ABLATION = Table(
             _full("without smoothing", smooth=None),
             _full("without feedback", feedback=False),
             _full("without decomposition", extra_work=0.0),
-            _full("without SeDA", sharing=None),
+            ALONE,
         ),
         "The choice of dialects, blocks of 32": (
             rounding(SDQ, SDQ, name="lut", select="lut"),
@@ -157,7 +166,7 @@ ABLATION = Table(
             _full("40% of the tokens", salient=0.4),
         ),
         "SeDA: where": (
-            _full("without SeDA", sharing=None),
+            ALONE,
             FULL,
             _shared("layers with 30% of the noise", noise=0.3),
             _shared("all layers", noise=1.0),
@@ -185,4 +194,31 @@ ABLATION = Table(
     against=FULL,
 )
 
-TABLES = {"formats": FORMATS, "recipes": RECIPE_TABLE, "ablation": ABLATION}
+SHARING = Table(
+    stem="shapes_sharing",
+    title="What sharing sub-formatbooks costs where things move",
+    text="semanticdialect with and without SeDA, and with tokens that must be more alike to share. "
+    + COMMON
+    + f" {INCONSISTENCY} {_gained('no sharing')}",
+    groups={
+        "": (
+            ALONE,
+            FULL,
+            _shared("one book for all channels", by_block=False),
+            _shared("alike by 0.65", least=0.65),
+            _shared("alike by 0.65, one book", least=0.65, by_block=False),
+            _shared("alike by 0.8", least=0.8),
+        )
+    },
+    columns=("recipe", "inconsistency %", *MEASURED, *COMPARED),
+    seeds=8,
+    consistency=True,
+    against=ALONE,
+)
+
+TABLES = {
+    "formats": FORMATS,
+    "recipes": RECIPE_TABLE,
+    "ablation": ABLATION,
+    "sharing": SHARING,
+}
