@@ -7,6 +7,8 @@ bits are known before a GPU is.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 Register = str
 Operand = str | int
 ALL_LANES = 0xFFFFFFFF
@@ -225,6 +227,11 @@ class Program:
         self.emit("add.s32", index, index, step)
         self.jump(f"{name}_LOOP")
         self.label(f"{name}_END")
+
+
+def real(number: float) -> str:
+    """A float32 constant as PTX writes it."""
+    return f"0f{np.float32(number).view(np.uint32):08X}"
 
 
 def _written(operand: Operand | Sequence[Operand]) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic_gpu.ptx import Program, Register
+from pallas_kernels.mosaic_gpu.ptx import Program, Register, real
 from pallas_kernels.mosaic_gpu.quantizer_task import WARP, Task
 
 QUAD = 4  # numbers of a load
@@ -73,11 +73,6 @@ def normalise(
                     )
                 )
                 p.emit("cvt.rn.bf16x2.f32", word, high, low)
-
-
-def real(number: float) -> str:
-    """A float32 constant as PTX writes it."""
-    return f"0f{np.float32(number).view(np.uint32):08X}"
 
 
 def _mean_of_row(

@@ -1,5 +1,6 @@
 """32-bit registers of a thread inside `plgpu.inline_mgpu`: names for MLIR operations."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -86,6 +87,14 @@ def load_words(at: Register, count: int) -> list[Register]:
 def scalar(value: Any) -> Register:
     """A register that Mosaic holds as a vector of one."""
     return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value
+
+
+def as_floats(values: Sequence[Any]) -> np.ndarray:
+    """float32 scalars as Mosaic holds them, vectors of one."""
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    held = np.empty(len(values), dtype=object)
+    held[:] = [vector.broadcast(one, value) for value in values]
+    return held
 
 
 def as_vector(register: Register, dtype: Any) -> Any:

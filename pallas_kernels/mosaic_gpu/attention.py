@@ -1,0 +1,267 @@
+"""Flash attention of e4m3 queries, keys and values on Hopper's fp8 tensor cores.
+
+A block computes 128 queries of a head, two warpgroups 64 each; a third one copies keys and values
+into two rings of tiles. While the tensor cores multiply for one warpgroup, the other turns scores
+into weights (`softmax.py`), which takes no exponentials. In each step a warpgroup starts
+the scores of a tile and the weighted sum of the tile before, weighs the scores when they arrive,
+and adds the weighted sum to its float32 totals when that does: sums of one sign must not stay long
+in the tensor cores, which keep some 14 bits of them.
+
+The sum of the weights is one more column of the values, all ones. A key that is padded or masked
+has zeros there and in its values, so that nobody needs to look at it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import attention_plain, products, weighing
+from pallas_kernels.mosaic_gpu.products import accumulator_layout
+
+ROWS = 64  # queries of a warpgroup
+GROUPS = 2  # warpgroups that compute
+KEYS = 128  # of a tile
+ONES = 8  # columns that sum up the weights: a tile of `wgmma`
+PRODUCER_REGISTERS = 24
+REGISTERS = 240
+LOWEST = -1e30  # of a score nobody has seen yet
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """How it is cut.
+
+    Attributes:
+      stages: tiles of keys, and as many of values, on their way.
+      cluster: blocks that share them, 1 or 2.
+    """
+
+    stages: int = 4
+    cluster: int = 1
+
+
+def attend(
+    q: jax.Array,
+    slope: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    v_scale: jax.Array,
+    *,
+    heads: int,
+    config: AttentionConfig,
+    out_dtype: Any,
+    num_sms: int,
+    interpret: Any = None,
+) -> jax.Array:
+    """softmax(q k^T) v.
+
+    Args:
+      q: e4m3 `[B * heads, S, D]`.
+      slope: of each query, float32 `[B * heads, S]`: what a unit of its scores is worth, in
+        octaves / 16.
+      k: e4m3 `[B * heads, L, D]`, L a multiple of KEYS.
+      v: e4m3 `[B * heads, D + ONES, L]`, keys in the order of `weighing.in_order`.
+      v_scale: float32 `[B * heads, D]`.
+      heads: of a video.
+      config: how.
+      out_dtype: of the result.
+      num_sms: of the GPU.
+      interpret: `plgpu.InterpretGPUParams` to run on a CPU.
+    Returns:
+      `[B, S, heads, D]`.
+    """
+    rows, length, width = q.shape
+    steps = k.shape[1] // KEYS
+    tiles = pl.cdiv(length, ROWS * GROUPS * config.cluster)  # of a head
+    channels = width + ONES
+    multiply, softmax = (products, weighing) if interpret is None else (attention_plain,) * 2
+
+    def kernel(
+        q_g, slope_g, k_g, v_g, scale_g, out_g,
+        q_s, k_s, v_s, out_s, q_full, q_free, k_full, k_free, v_full, v_free,
+    ):  # fmt: skip
+        group = lax.axis_index("warpgroup")
+        peer = lax.axis_index("peer")
+        first, blocks = lax.axis_index("block"), lax.axis_size("block")
+        own = lax.div(rows * tiles - first + blocks - 1, blocks)
+
+        def place(turn):
+            """Of this block's turn-th tile: its head, and its first query."""
+            tile = first + turn * blocks
+            head = lax.div(tile, tiles)
+            at = (lax.rem(tile, tiles) * config.cluster + peer) * ROWS * GROUPS
+            return head, at
+
+        def produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            together = {"collective_axes": "peer"} if config.cluster > 1 else {}
+
+            def fill(number, _):
+                slot, step = lax.rem(number, config.stages), lax.rem(number, steps)
+                turn = lax.div(number, steps)
+                head, at = place(turn)
+
+                @pl.when(step == 0)
+                def fetch_queries():
+                    @pl.when(turn > 0)
+                    def wait_until_read():
+                        plgpu.barrier_wait(q_free)
+
+                    plgpu.copy_gmem_to_smem(
+                        q_g.at[head, pl.ds(at, ROWS * GROUPS)], q_s, q_full
+                    )
+
+                keys = pl.ds(step * KEYS, KEYS)
+                for tile, ring, full, free in (
+                    (k_g.at[head, keys], k_s, k_full, k_free),
+                    (v_g.at[head, :, keys], v_s, v_full, v_free),
+                ):
+
+                    @pl.when(number >= config.stages)
+                    def wait_until_free(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    plgpu.copy_gmem_to_smem(tile, ring.at[slot], full.at[slot], **together)
+
+            total = own * steps
+            lax.fori_loop(0, total, fill, None)
+
+            # A block must not leave while its peer still signals to it.
+            def drain(number, _):
+                for free in (k_free, v_free):
+                    plgpu.barrier_wait(free.at[lax.rem(number, config.stages)])
+
+            lax.fori_loop(lax.max(total - config.stages, 0), total, drain, None)
+
+            @pl.when(own > 0)
+            def wait_for_the_last():
+                plgpu.barrier_wait(q_free)
+
+        def consume():
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            by_row = plgpu.Layout.WGMMA.reduce(1)
+            by_column = plgpu.Layout.WGMMA.reduce(0)
+            queries = q_s.at[pl.ds(group * ROWS, ROWS)]
+
+            def scores(number):
+                slot = lax.rem(number, config.stages)
+                plgpu.barrier_wait(k_full.at[slot])
+                return multiply.begin(queries, k_s.at[slot])
+
+            def weighted(weights, number):
+                slot = lax.rem(number, config.stages)
+                plgpu.barrier_wait(v_full.at[slot])
+                return multiply.begin(weights, v_s.at[slot])
+
+            def release(ring, number):
+                plgpu.barrier_arrive(ring.at[lax.rem(number, config.stages)])
+
+            def tile(turn, _):
+                head, at = place(turn)
+                of_q = pl.ds(at + group * ROWS, ROWS)
+                slopes = _load(slope_g.at[head, of_q], by_row)
+                plgpu.barrier_wait(q_full)
+                begins = turn * steps
+
+                lowest = jnp.full((ROWS,), LOWEST, jnp.float32)
+                lowest = plgpu.layout_cast(lowest, by_row)
+                (seen,) = multiply.arrived(scores(begins), pending=0)
+                release(k_free, begins)
+                codes, highest, now, _ = softmax.weigh(seen, lowest, lowest, slopes)
+                weights = softmax.join(codes)
+                nothing = jnp.zeros((ROWS, channels), jnp.float32)
+                totals = plgpu.layout_cast(nothing, accumulator_layout())
+                keep = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), by_row)
+
+                def step(number, state):
+                    totals, weights, highest, now, keep = state
+                    of_scores = scores(number)
+                    of_values = weighted(weights, number - 1)
+                    (of_scores,) = multiply.arrived(of_scores, pending=1)
+                    release(k_free, number)
+                    codes, highest, now, decay = softmax.weigh(of_scores, highest, now, slopes)
+                    of_values, codes = multiply.arrived(of_values, codes, pending=0)
+                    release(v_free, number - 1)
+                    totals = softmax.add(totals, keep, of_values)
+                    return totals, softmax.join(codes), highest, now, decay
+
+                state = (totals, weights, highest, now, keep)
+                state = lax.fori_loop(begins + 1, begins + steps, step, state)
+                totals, weights, _, _, keep = state
+                plgpu.barrier_arrive(q_free)
+                last = begins + steps - 1
+                (of_values,) = multiply.arrived(weighted(weights, last), pending=0)
+                release(v_free, last)
+                y = softmax.divide(softmax.add(totals, keep, of_values), width)
+                scale = _load(scale_g.at[head], by_column)
+                y = y * lax.broadcast_in_dim(scale, y.shape, (1,))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                mine = out_s.at[group]
+                mine[...] = y.astype(out_dtype)
+                plgpu.commit_smem()
+                batch, h = lax.div(head, heads), lax.rem(head, heads)
+                plgpu.copy_smem_to_gmem(mine, out_g.at[batch, of_q, h])
+
+            lax.fori_loop(0, own, tile, None)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        lax.cond(group == GROUPS, produce, consume)
+
+    barriers = functools.partial(plgpu.Barrier, num_barriers=config.stages)
+    free = functools.partial(barriers, num_arrivals=GROUPS)
+    if config.cluster > 1:
+        free = functools.partial(
+            plgpu.ClusterBarrier,
+            collective_axes=("peer",),
+            num_arrivals=GROUPS,
+            num_barriers=config.stages,
+        )
+    ring = functools.partial(_swizzled, stages=config.stages)
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows // heads, length, heads, width), out_dtype),
+        grid=(num_sms // config.cluster,),
+        grid_names=("block",),
+        cluster=(config.cluster,),
+        cluster_names=("peer",),
+        num_threads=GROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=dict[str, Any](
+            q_s=_swizzled((ROWS * GROUPS, width), q.dtype),
+            k_s=ring((KEYS, width), k.dtype),
+            v_s=ring((channels, KEYS), v.dtype),
+            out_s=_swizzled((ROWS, width), out_dtype, stages=GROUPS),
+            q_full=plgpu.Barrier(),
+            q_free=plgpu.Barrier(num_arrivals=GROUPS),
+            k_full=barriers(),
+            k_free=free(),
+            v_full=barriers(),
+            v_free=free(),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    queries = tiles * ROWS * GROUPS * config.cluster
+    slope = jnp.pad(slope, ((0, 0), (0, queries - length)), constant_values=1.0)
+    return call(q, slope, k, v, v_scale)
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11
+
+
+def _swizzled(shape: tuple[int, ...], dtype: Any, stages: int | None = None) -> Any:
+    """Shared memory in the order that TMA and `wgmma` agree on."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
+    lead = () if stages is None else (stages,)
+    return plgpu.SMEM((*lead, *shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))

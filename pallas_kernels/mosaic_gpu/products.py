@@ -1,0 +1,146 @@
+"""Products of fp8 tiles on the tensor cores that run while a warpgroup does something else.
+
+`plgpu.wgmma` adds to an accumulator, so that a fresh one must be cleared first, and reading one
+waits for all. Here a product begins with its first part (`begin`), several may be on their way, and
+`arrived` waits until at most so many are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+from pallas_kernels.mosaic_gpu import registers as asm
+
+ROWS = 64  # of a product
+STEP = 32  # fp8 numbers that an instruction adds up
+SWIZZLE = 128  # bytes
+TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE))
+
+ACCUMULATOR = fa.WGMMA_LAYOUT_ACC_32BIT
+
+
+def accumulator_layout() -> Any:
+    """A thread holds, of two rows eight apart, two of every eight columns, a number a register."""
+    tiling = fa.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
+
+
+def accumulator(columns: int) -> plgpu.ShapeDtypeStruct:
+    """float32 `[64, columns]`."""
+    return plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=accumulator_layout())
+
+
+def begin(a: Any, b: Any) -> jax.Array:
+    """a b^T, on its way: not to be read before `arrived`.
+
+    Args:
+      a: e4m3 `[64, K]`: an SMEM ref with TRANSFORMS, or an array in `Layout.WGMMA_8BIT`.
+      b: SMEM ref with TRANSFORMS, e4m3 `[N, K]`.
+    Returns:
+      a b^T, float32 `[64, N]` in `accumulator_layout()`.
+    """
+    in_registers = isinstance(a, jax.Array)
+    columns, depth = b.shape
+    ref = plgpu.RefType(TRANSFORMS)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA_8BIT if in_registers else ref, ref),
+        return_type=accumulator(columns),
+    )
+    def emit(_, a, b):
+        if in_registers:
+            a = fa.optimization_barrier(a)
+        nvvm.wgmma_fence_aligned()
+        a_base, a_step = (None, 0) if in_registers else _descriptor(a, ROWS, is_right=False)
+        b = utils.memref_transpose(b, (1, 0, 3, 2))
+        b_base, b_step = _descriptor(b, columns, is_right=True)
+        held: list[Any] = []
+        for step in range(depth // STEP):
+            if in_registers:
+                part = a[:, step * STEP : (step + 1) * STEP]
+                left = [asm.from_vector(register) for register in part.registers.flat]
+            else:
+                left = [_advanced(a_base, step * a_step)]
+            held = _multiply(held, left, _advanced(b_base, step * b_step), columns)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return _fragmented(held, columns)
+
+    return emit(a, b)
+
+
+def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
+    """Products that may be read, once at most `pending` later ones are still on their way."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(accumulator_layout(),) * len(products),
+        return_type=tuple(accumulator(product.shape[1]) for product in products),
+    )
+    def emit(_, *products):
+        nvvm.wgmma_wait_group_sync_aligned(pending)
+        settled = fa.optimization_barrier(*products)
+        return (settled,) if len(products) == 1 else tuple(settled)
+
+    return emit(*products)
+
+
+def _descriptor(ref: Any, size: int, *, is_right: bool) -> tuple[Any, int]:
+    """How `wgmma` finds an operand of `size` rows or columns, and bytes from step to step."""
+    group = (SWIZZLE, size) if is_right else (size, SWIZZLE)
+    (base, strides), _, fastest = mma_utils.create_descriptor(
+        ref,
+        swizzle=SWIZZLE,
+        large_tile=(SWIZZLE,) * 2 if is_right else group,
+        group_size=group,
+        logical_k_major=is_right,
+    )
+    assert fastest == mma_utils.Dim.K and not strides[0]
+    return base, strides[1][0]
+
+
+def _advanced(descriptor: Any, by: int) -> Any:
+    """Its address, the low half, moved by some bytes."""
+    i64 = ir.IntegerType.get_signless(64)
+    low = asm.add(arith.trunci(asm.i32(), descriptor), by >> 4)
+    half = utils.c(32, i64)
+    high = arith.shli(arith.shrui(descriptor, half), half)
+    return arith.ori(arith.extui(i64, low), high)
+
+
+def _multiply(held: list[Any], left: list[Any], right: Any, columns: int) -> list[Any]:
+    """One instruction: held + left right, or left right if nothing is held."""
+    count = columns // 2
+    names = iter(f"${i}" for i in range(2 * count + len(left) + 1))
+    result = "{" + ", ".join(next(names) for _ in range(count)) + "}"
+    for _ in held:
+        next(names)  # the same registers
+    a = [next(names) for _ in left]
+    a = "{" + ", ".join(a) + "}" if len(a) > 1 else a[0]
+    text = (
+        f"{{ .reg .pred add; setp.ne.b32 add, {int(bool(held))}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP}.f32.e4m3.e4m3 "
+        f"{result}, {a}, {next(names)}, add, 1, 1; }}"
+    )
+    constraints = ["=f"] * count + [str(i) for i in range(len(held))]
+    constraints += ["r"] * len(left) if len(left) > 1 else ["l"]
+    f32 = ir.F32Type.get()
+    found = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * count),
+        [*held, *left, right],
+        text,
+        ",".join([*constraints, "l"]),
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(f32, found, [i]) for i in range(count)]
+
+
+def _fragmented(values: list[Any], columns: int) -> fa.FragmentedArray:
+    shape = ACCUMULATOR.registers_shape((ROWS, columns))
+    return fa.FragmentedArray(
+        _registers=asm.as_floats(values).reshape(shape), _layout=ACCUMULATOR, _is_signed=None
+    )
