@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.mosaic_gpu.ptx import Program, Register, real
 from pallas_kernels.mosaic_gpu.quantizer_task import WARP, Task

@@ -63,7 +63,7 @@ def weigh(
     offset = p.let("fma.rn.f32", p.let("neg.f32", now), slope, real(TOP / CODES))
     parts = [p.let("fma.rn.sat.f32", score, slope, offset) for score in scores]
     codes = [p.let("add.rn.f32", part, real(ROUND)) for part in parts]
-    return [p.permute(*codes[i : i + 2], 0x7740) for i in range(0, len(codes), 2)]
+    return [p.permute(*codes[i : i + 2], 0x1140) for i in range(0, len(codes), 2)]
 
 
 def insist(p: Program, pairs: Sequence[Register]) -> None:

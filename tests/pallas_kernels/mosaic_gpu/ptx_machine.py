@@ -119,6 +119,7 @@ class Machine:
         if not lanes.size:
             return
         kind = name.split(".")
+        assert name != "trap", "a trap"
         if kind[0] == "bra":
             target = self.labels[operands[0]]
             self.turns[lanes] += target < self.place[lanes]
@@ -275,9 +276,9 @@ def _on_words(function):
     return lambda *values: np.asarray(function(*(value & mask for value in values)), np.uint64)
 
 
-def _merge(a, b, c, function):
-    assert (function == 0xEA).all()
-    return (a & b) | c
+def _logic(a, b, c, function):
+    (kind,) = set(function.tolist())
+    return {0xEA: (a & b) | c, 0xFE: a | b | c}[kind]
 
 
 OPERATIONS = {
@@ -299,13 +300,18 @@ OPERATIONS = {
     "setp.lt.u32": _on_words(np.less),
     "selp.b32": lambda a, b, condition: np.where(condition != 0, a, b),
     "selp.b64": lambda a, b, condition: np.where(condition != 0, a, b),
-    "lop3.b32": _merge,
+    "lop3.b32": _logic,
     "prmt.b32": _permute,
     "div.u32": _on_words(np.floor_divide),
     "add.rn.f32": _on_reals(np.add),
     "sub.rn.f32": _on_reals(np.subtract),
     "mul.rn.f32": _on_reals(np.multiply),
     "fma.rn.f32": _on_reals(lambda a, b, c: a * b + c),
+    "fma.rn.sat.f32": _on_reals(lambda a, b, c: np.nan_to_num(np.clip(a * b + c, 0, 1))),
+    "max.NaN.f32": _on_reals(np.maximum),
+    "neg.f32": _on_reals(np.negative),
+    "rcp.approx.ftz.f32": _on_reals(lambda a: 1 / a),
+    "ex2.approx.ftz.f32": _on_reals(np.exp2),
     "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),
     "cvt.rn.bf16x2.f32": _pair_of_reals,
     "dp2a.lo.u32.u32": _on_words(_half_times),

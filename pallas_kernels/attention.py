@@ -1,0 +1,148 @@
+"""quantized_attention: softmax(q k^T) v of 4-bit or fp8 operands."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device
+from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
+from sdq import formats
+
+IMPLEMENTATIONS = ("mosaic_gpu", "reference")  # the first that fits is taken
+WIDTHS = (128,)  # of a head, that mosaic_gpu knows
+KEYS_AT_ONCE = 512  # whose scores the reference holds
+
+
+def quantized_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    fmt_qk: str | None = "sdq32:16",
+    fmt_pv: str | None = "sdq32:16",
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v, with the operands of both products rounded.
+
+    Queries and keys are rounded in blocks along the width, values in blocks along the keys; weights
+    are rounded to e4m3 by "mosaic_gpu" and kept in float32 by "reference".
+
+    Args:
+      q: `[B, S, H, D]`.
+      k: `[B, L, H, D]`.
+      v: like k.
+      fmt_qk: dialect format of queries and keys, blocks choosing in two stages; None: e4m3, with an
+        exponent for each query and for the keys of a head.
+      fmt_pv: of the values, likewise; None: an exponent for each channel.
+      mask: bool `[B, L]`, which keys count; a query without any gets zeros.
+      scale: 1 / sqrt(D) by default.
+      implementation: one of IMPLEMENTATIONS; None takes the first that fits.
+    Returns:
+      `[B, S, H, D]` in q's dtype. Videos or heads with a NaN among what counts are NaN.
+    Raises:
+      ValueError: operands that no implementation takes, or that the one asked for does not.
+    """
+    _check(q, k, v, fmt_qk, fmt_pv, mask)
+    chosen = _chosen(implementation, q)
+    if mask is not None:  # what does not count must not be the largest either
+        k, v = (jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
+    operands = rounded(q, k, v, fmt_qk, fmt_pv)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return _reference(*operands, mask, scale).astype(q.dtype)
+    from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+
+    return attend(
+        *arranged(*operands, mask, scale),
+        heads=q.shape[2],
+        config=AttentionConfig(),
+        out_dtype=q.dtype,
+        num_sms=device.current().cores,
+    )
+
+
+def supports(implementation: str, q: jax.Array) -> str | None:
+    """Why an implementation cannot attend with these queries here; None if it can."""
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
+    if implementation == "reference":
+        return None
+    if reason := device.without_mosaic_gpu():
+        return reason
+    if q.shape[-1] not in WIDTHS:
+        return f"heads of {q.shape[-1]}; only {', '.join(map(str, WIDTHS))}"
+    return None
+
+
+def _chosen(implementation: str | None, q: jax.Array) -> str:
+    if implementation is None:
+        return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
+    if reason := supports(implementation, q):
+        raise ValueError(f"quantized_attention: {implementation} cannot do this: {reason}")
+    return implementation
+
+
+def _reference(
+    q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float
+) -> jax.Array:
+    """The definition of correct: the rounded operands, everything else in float32.
+
+    Online, some keys at a time, so that a long video fits into memory.
+    """
+    queries, keys, values = (x.values.astype(jnp.float32) * x.scales for x in (q, k, v))
+    b, h, length, width = keys.shape
+    counts = jnp.ones((b, length), bool) if mask is None else mask
+    more = -length % min(KEYS_AT_ONCE, length)
+    parts = (length + more) // min(KEYS_AT_ONCE, length)
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, more), (0, 0)))
+    keys = jnp.moveaxis(keys.reshape(b, h, parts, -1, width), 2, 0)
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more)))
+    values = jnp.moveaxis(values.reshape(b, h, width, parts, -1), 3, 0)
+    counts = jnp.moveaxis(jnp.pad(counts, ((0, 0), (0, more))).reshape(b, parts, -1), 1, 0)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def one(state, part):
+        totals, weights, highest = state
+        keys, values, counts = part
+        scores = product("bhsd,bhld->bhsl", queries, keys) * scale
+        scores = jnp.where(counts[:, None, None], scores, -jnp.inf)
+        now = jnp.maximum(highest, scores.max(axis=-1))
+        # Not yet any key: keep what there is, nothing.
+        safe = jnp.where(now == -jnp.inf, 0.0, now)
+        keep = jnp.exp(highest - safe)
+        each = jnp.exp(scores - safe[..., None])
+        totals = totals * keep[..., None] + product("bhsl,bhdl->bhsd", each, values)
+        return (totals, weights * keep + each.sum(axis=-1), now), None
+
+    zeros = jnp.zeros(queries.shape, jnp.float32)
+    state = (zeros, zeros[..., 0], jnp.full(zeros.shape[:-1], -jnp.inf))
+    (totals, weights, _), _ = jax.lax.scan(one, state, (keys, values, counts))
+    weights = weights[..., None]
+    return jnp.swapaxes(jnp.where(weights == 0, 0.0, totals / weights), 1, 2)
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fmt_qk: str | None,
+    fmt_pv: str | None,
+    mask: jax.Array | None,
+) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q: expected [B, S, H, D], got {list(q.shape)}")
+    expected = (q.shape[0], k.shape[1] if k.ndim == 4 else -1, *q.shape[2:])
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != expected:
+            raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
+    for name, fmt in (("fmt_qk", fmt_qk), ("fmt_pv", fmt_pv)):
+        if fmt is not None and formats.parse(fmt).family != "dialect":
+            raise ValueError(f"{name}: expected a dialect format or None, got {fmt!r}")
+    if mask is not None and (mask.shape != expected[:2] or mask.dtype != jnp.bool_):
+        raise ValueError(
+            f"mask: expected bool{list(expected[:2])}, got {mask.dtype}{list(mask.shape)}"
+        )

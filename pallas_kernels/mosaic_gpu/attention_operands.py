@@ -1,0 +1,92 @@
+"""Queries, keys and values as the Hopper attention reads them: e4m3 numbers and powers of two.
+
+  queries  blocks along the width, an exponent a query: part of what a unit of its scores is worth
+  keys     blocks along the width, an exponent a head, because scores of all keys are compared
+  values   blocks along the keys, an exponent a channel: part of the result's scale; transposed, and
+           followed by ones, which sum up the weights
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu.attention import KEYS, ONES
+from pallas_kernels.mosaic_gpu.weighing import in_order
+from pallas_kernels.rows import Fp8Rows, fp8_rows, row_scales
+from sdq import quantize
+from sdq.numerics import exponent_of, largest_magnitude, power_of_two
+
+OCTAVES = 16  # a slope of 1 is worth so many
+FP8_TOP = 7  # the largest number of an fp8 row lies in [2^7, 2^8)
+
+
+class Operands(NamedTuple):
+    """Of `attention.attend`; B videos of H heads are one axis."""
+
+    q: jax.Array
+    slope: jax.Array
+    k: jax.Array
+    v: jax.Array
+    v_scale: jax.Array
+
+
+class Rounded(NamedTuple):
+    """Numbers `values * scales`.
+
+    Attributes:
+      values: e4m3.
+      scales: powers of two, float32, that broadcast against them.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+
+def rounded(
+    q: jax.Array, k: jax.Array, v: jax.Array, fmt_qk: str | None, fmt_pv: str | None
+) -> tuple[Rounded, Rounded, Rounded]:
+    """All three `[B, S, H, D]`, as `[B, H, S, D]`, `[B, H, L, D]` and `[B, H, D, L]`."""
+    by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+    queries = _rounded(by_head[0], fmt_qk)
+    b, h, length, width = by_head[1].shape
+    keys = _rounded(by_head[1].reshape(b, h, length * width), fmt_qk)
+    keys = Rounded(keys.values.reshape(b, h, length, width), keys.scales[..., None])
+    return queries, keys, _rounded(jnp.swapaxes(by_head[2], 2, 3), fmt_pv)
+
+
+def arranged(
+    q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float
+) -> Operands:
+    """For the kernel; `mask` says which keys count, bool `[B, L]`."""
+    b, h, length, width = k.values.shape
+    counts = jnp.ones((b, length), bool) if mask is None else mask
+    # A key that does not count looks like one that does, so that it is no larger than all of these.
+    first = jnp.argmax(counts, axis=1)[:, None, None, None]
+    alike = jnp.take_along_axis(k.values, first, axis=2)
+    keys = jnp.where(counts[:, None, :, None], k.values, alike)
+    more = -length % KEYS
+    keys = jnp.concatenate([keys, jnp.broadcast_to(alike, (b, h, more, width))], axis=2)
+    counts = counts[:, None, None, :]
+    values = jnp.where(counts, v.values, jnp.zeros((), v.values.dtype))
+    ones = jnp.broadcast_to(counts, (b, h, ONES, length)).astype(v.values.dtype)
+    values = jnp.concatenate([values, ones], axis=2)
+    values = in_order(jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more))))
+    slope = (q.scales * k.scales)[..., 0] * (scale * math.log2(math.e) / OCTAVES)
+
+    def of_heads(x: jax.Array) -> jax.Array:
+        return x.reshape(b * h, *x.shape[2:])
+
+    return Operands(*map(of_heads, (q.values, slope, keys, values, v.scales[..., 0])))
+
+
+def _rounded(x: jax.Array, fmt: str | None) -> Rounded:
+    """Along the last axis, an exponent for all of it; without a format to e4m3 alone."""
+    if fmt is None:
+        exponent = exponent_of(largest_magnitude(x.astype(jnp.float32)))[..., None] - FP8_TOP
+        exponent = jnp.clip(exponent, -126, 126)
+        scaled = x.astype(jnp.float32) * power_of_two(-exponent)
+        return Rounded(scaled.astype(jnp.float8_e4m3fn), power_of_two(exponent))
+    rows: Fp8Rows = fp8_rows(quantize(x, fmt, select="two_stage"))
+    return Rounded(rows.values, row_scales(rows.exponents, bad=1.0))
