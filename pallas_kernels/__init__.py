@@ -1,6 +1,7 @@
 """Kernels for GPU and TPU that read sdq's formats directly. Knows sdq, never models."""
 
 from pallas_kernels.api import Explanation, quantized_matmul, supports, which
+from pallas_kernels.attention import quantized_attention
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -14,6 +15,7 @@ __all__ = [
     "TiledWeight",
     "fp8_rows",
     "quantize_rows",
+    "quantized_attention",
     "quantized_matmul",
     "supports",
     "tile_weight",

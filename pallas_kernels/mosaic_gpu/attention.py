@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, weighing
+from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 
 ROWS = 64  # queries of a warpgroup
@@ -62,7 +63,7 @@ def attend(
     """softmax(q k^T) v.
 
     Args:
-      q: e4m3 `[B * heads, S, D]`.
+      q: e4m3 `[B * heads, S, D]`, S a multiple of 8.
       slope: of each query, float32 `[B * heads, S]`: what a unit of its scores is worth, in
         octaves / 16.
       k: e4m3 `[B * heads, L, D]`, L a multiple of KEYS.
@@ -100,7 +101,7 @@ def attend(
 
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            together = {"collective_axes": "peer"} if config.cluster > 1 else {}
+            together = "peer" if config.cluster > 1 else None
 
             def fill(number, _):
                 slot, step = lax.rem(number, config.stages), lax.rem(number, steps)
@@ -113,21 +114,29 @@ def attend(
                     def wait_until_read():
                         plgpu.barrier_wait(q_free)
 
-                    plgpu.copy_gmem_to_smem(
-                        q_g.at[head, pl.ds(at, ROWS * GROUPS)], q_s, q_full
-                    )
+                    plgpu.copy_gmem_to_smem(q_g.at[head, pl.ds(at, ROWS * GROUPS)], q_s, q_full)
 
                 keys = pl.ds(step * KEYS, KEYS)
-                for tile, ring, full, free in (
-                    (k_g.at[head, keys], k_s, k_full, k_free),
-                    (v_g.at[head, :, keys], v_s, v_full, v_free),
-                ):
 
-                    @pl.when(number >= config.stages)
-                    def wait_until_free(free=free):
-                        plgpu.barrier_wait(free.at[slot])
+                @pl.when(number >= config.stages)
+                def wait_until_keys_are_read():
+                    plgpu.barrier_wait(k_free.at[slot])
 
-                    plgpu.copy_gmem_to_smem(tile, ring.at[slot], full.at[slot], **together)
+                plgpu.copy_gmem_to_smem(
+                    k_g.at[head, keys], k_s.at[slot], k_full.at[slot], collective_axes=together
+                )
+
+                @pl.when(number >= config.stages)
+                def wait_until_values_are_read():
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                for part, by in ((pl.ds(0, width), together), (pl.ds(width, ONES), None)):
+                    plgpu.copy_gmem_to_smem(
+                        v_g.at[head, part, keys],
+                        v_s.at[slot, part],
+                        v_full.at[slot],
+                        collective_axes=by,
+                    )
 
             total = own * steps
             lax.fori_loop(0, total, fill, None)
@@ -165,7 +174,7 @@ def attend(
             def tile(turn, _):
                 head, at = place(turn)
                 of_q = pl.ds(at + group * ROWS, ROWS)
-                slopes = _load(slope_g.at[head, of_q], by_row)
+                slopes = load(slope_g.at[head, of_q], by_row)
                 plgpu.barrier_wait(q_full)
                 begins = turn * steps
 
@@ -199,7 +208,7 @@ def attend(
                 (of_values,) = multiply.arrived(weighted(weights, last), pending=0)
                 release(v_free, last)
                 y = softmax.divide(softmax.add(totals, keep, of_values), width)
-                scale = _load(scale_g.at[head], by_column)
+                scale = load(scale_g.at[head], by_column)
                 y = y * lax.broadcast_in_dim(scale, y.shape, (1,))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 mine = out_s.at[group]
@@ -214,15 +223,10 @@ def attend(
         lax.cond(group == GROUPS, produce, consume)
 
     barriers = functools.partial(plgpu.Barrier, num_barriers=config.stages)
-    free = functools.partial(barriers, num_arrivals=GROUPS)
-    if config.cluster > 1:
-        free = functools.partial(
-            plgpu.ClusterBarrier,
-            collective_axes=("peer",),
-            num_arrivals=GROUPS,
-            num_barriers=config.stages,
-        )
-    ring = functools.partial(_swizzled, stages=config.stages)
+    ring = functools.partial(swizzled, stages=config.stages)
+    free = functools.partial(
+        free_barrier, readers=GROUPS, stages=config.stages, cluster=config.cluster
+    )
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows // heads, length, heads, width), out_dtype),
@@ -233,15 +237,15 @@ def attend(
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
-            q_s=_swizzled((ROWS * GROUPS, width), q.dtype),
+            q_s=swizzled((ROWS * GROUPS, width), q.dtype),
             k_s=ring((KEYS, width), k.dtype),
             v_s=ring((channels, KEYS), v.dtype),
-            out_s=_swizzled((ROWS, width), out_dtype, stages=GROUPS),
+            out_s=swizzled((ROWS, width), out_dtype, stages=GROUPS),
             q_full=plgpu.Barrier(),
             q_free=plgpu.Barrier(num_arrivals=GROUPS),
             k_full=barriers(),
             k_free=free(),
-            v_full=barriers(),
+            v_full=barriers(num_arrivals=2),
             v_free=free(),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -252,16 +256,3 @@ def attend(
     queries = tiles * ROWS * GROUPS * config.cluster
     slope = jnp.pad(slope, ((0, 0), (0, queries - length)), constant_values=1.0)
     return call(q, slope, k, v, v_scale)
-
-
-def _load(ref: Any, layout: Any) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11
-
-
-def _swizzled(shape: tuple[int, ...], dtype: Any, stages: int | None = None) -> Any:
-    """Shared memory in the order that TMA and `wgmma` agree on."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    lead = () if stages is None else (stages,)
-    return plgpu.SMEM((*lead, *shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))

@@ -1,9 +1,9 @@
 """Queries, keys and values as the Hopper attention reads them: e4m3 numbers and powers of two.
 
-  queries  blocks along the width, an exponent a query: part of what a unit of its scores is worth
-  keys     blocks along the width, an exponent a head, because scores of all keys are compared
-  values   blocks along the keys, an exponent a channel: part of the result's scale; transposed, and
-           followed by ones, which sum up the weights
+queries  blocks along the width, an exponent a query: part of what a unit of its scores is worth
+keys     blocks along the width, an exponent a head, because scores of all keys are compared
+values   blocks along the keys, an exponent a channel: part of the result's scale; transposed, and
+         followed by ones, which sum up the weights
 """
 
 import math
@@ -18,6 +18,7 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows, row_scales
 from sdq import quantize
 from sdq.numerics import exponent_of, largest_magnitude, power_of_two
 
+QUERIES = 8  # are copied at once
 OCTAVES = 16  # a slope of 1 is worth so many
 FP8_TOP = 7  # the largest number of an fp8 row lies in [2^7, 2^8)
 
@@ -56,10 +57,8 @@ def rounded(
     return queries, keys, _rounded(jnp.swapaxes(by_head[2], 2, 3), fmt_pv)
 
 
-def arranged(
-    q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float
-) -> Operands:
-    """For the kernel; `mask` says which keys count, bool `[B, L]`."""
+def arranged(q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float) -> Operands:
+    """For the kernel; `mask` says which keys count, bool `[B, L]`. Queries are filled up."""
     b, h, length, width = k.values.shape
     counts = jnp.ones((b, length), bool) if mask is None else mask
     # A key that does not count looks like one that does, so that it is no larger than all of these.
@@ -74,11 +73,14 @@ def arranged(
     values = jnp.concatenate([values, ones], axis=2)
     values = in_order(jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more))))
     slope = (q.scales * k.scales)[..., 0] * (scale * math.log2(math.e) / OCTAVES)
+    fill = -slope.shape[-1] % QUERIES
+    slope = jnp.pad(slope, ((0, 0), (0, 0), (0, fill)), constant_values=1.0)
+    queries = jnp.pad(q.values, ((0, 0), (0, 0), (0, fill), (0, 0)))
 
     def of_heads(x: jax.Array) -> jax.Array:
         return x.reshape(b * h, *x.shape[2:])
 
-    return Operands(*map(of_heads, (q.values, slope, keys, values, v.scales[..., 0])))
+    return Operands(*map(of_heads, (queries, slope, keys, values, v.scales[..., 0])))
 
 
 def _rounded(x: jax.Array, fmt: str | None) -> Rounded:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
+from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 
@@ -142,7 +143,7 @@ def matmul(
                     words = words_s[slot, rows]
                     parts = words, metadata[...], table_s[...]
                     return decoded(*parts, halves=halves, dtype=x.dtype), words
-                words = _load(words_s.at[slot, rows], word_layout())
+                words = load(words_s.at[slot, rows], word_layout())
                 held = decode_magnitudes(words, metadata, table_s, halves=halves, dtype=x.dtype)
                 return held, words
 
@@ -238,8 +239,8 @@ def matmul(
                     piece = totals[part][j : j + PIECE_N, i : i + config.piece]
                     of_n = pl.ds(at_n + j, PIECE_N)
                     of_m = pl.ds(at_m + part * config.columns + i, config.piece)
-                    w_scale, bias = _load(ws_g.at[of_n], by_row), _load(bias_g.at[of_n], by_row)
-                    x_scale = _load(xs_g.at[of_m], by_column)
+                    w_scale, bias = load(ws_g.at[of_n], by_row), load(bias_g.at[of_n], by_row)
+                    x_scale = load(xs_g.at[of_m], by_column)
                     shape = piece.shape
                     y = piece * lax.broadcast_in_dim(x_scale, shape, (1,))
                     y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
@@ -257,7 +258,7 @@ def matmul(
 
         lax.cond(group == config.warpgroups, produce, consume)
 
-    swizzled = functools.partial(_swizzled, stages=config.stages)
+    ring = functools.partial(swizzled, stages=config.stages)
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
@@ -268,16 +269,18 @@ def matmul(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
-            x_s=swizzled((config.tile_m, TILE_K), x.dtype),
-            words_s=swizzled((config.tile_n, TILE_K // 8), jnp.uint32),
+            x_s=ring((config.tile_m, TILE_K), x.dtype),
+            words_s=ring((config.tile_n, TILE_K // 8), jnp.uint32),
             metadata_s=plgpu.SMEM((config.stages, config.warpgroups, width), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             weights_s=None
             if interpret is None
             else plgpu.SMEM((config.warpgroups, config.rows_n, TILE_K), x.dtype),
-            out_s=_swizzled((2, config.piece, PIECE_N), out_dtype, stages=config.warpgroups),
+            out_s=swizzled((2, config.piece, PIECE_N), out_dtype, stages=config.warpgroups),
             full=plgpu.Barrier(num_arrivals=2 + config.warpgroups, num_barriers=config.stages),
-            free=_free_barrier(config),
+            free=free_barrier(
+                readers=config.warpgroups, stages=config.stages, cluster=config.cluster
+            ),
             table_ready=plgpu.Barrier(),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -294,28 +297,6 @@ def matmul(
         _padded(w_scale, config.tile_n * config.cluster),
         _padded(bias, config.tile_n * config.cluster),
     )
-
-
-def _load(ref: Any, layout: Any) -> jax.Array:
-    """Into registers; `optimized` would insist on the fastest path that Mosaic knows."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11
-
-
-def _free_barrier(config: Config) -> Any:
-    """Signals that all who read a slot are done with it."""
-    if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
-    return plgpu.ClusterBarrier(
-        collective_axes=("peer",), num_arrivals=config.warpgroups, num_barriers=config.stages
-    )
-
-
-def _swizzled(shape: tuple[int, ...], dtype: Any, *, stages: int) -> Any:
-    """Shared memory `[stages, *shape]` in the order that TMA and `wgmma` agree on."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    return plgpu.SMEM((stages, *shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def _padded(x: jax.Array, to: int) -> jax.Array:

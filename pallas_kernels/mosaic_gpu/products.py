@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, nvvm
 
 from pallas_kernels.mosaic_gpu import registers as asm
 
@@ -119,8 +119,8 @@ def _multiply(held: list[Any], left: list[Any], right: Any, columns: int) -> lis
     result = "{" + ", ".join(next(names) for _ in range(count)) + "}"
     for _ in held:
         next(names)  # the same registers
-    a = [next(names) for _ in left]
-    a = "{" + ", ".join(a) + "}" if len(a) > 1 else a[0]
+    parts = [next(names) for _ in left]
+    a = "{" + ", ".join(parts) + "}" if len(parts) > 1 else parts[0]
     text = (
         f"{{ .reg .pred add; setp.ne.b32 add, {int(bool(held))}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP}.f32.e4m3.e4m3 "
@@ -128,15 +128,9 @@ def _multiply(held: list[Any], left: list[Any], right: Any, columns: int) -> lis
     )
     constraints = ["=f"] * count + [str(i) for i in range(len(held))]
     constraints += ["r"] * len(left) if len(left) > 1 else ["l"]
+    constraints += ["l"]
     f32 = ir.F32Type.get()
-    found = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * count),
-        [*held, *left, right],
-        text,
-        ",".join([*constraints, "l"]),
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(f32, found, [i]) for i in range(count)]
+    return asm.instructions(text, [f32] * count, [*held, *left, right], ",".join(constraints))
 
 
 def _fragmented(values: list[Any], columns: int) -> fa.FragmentedArray:

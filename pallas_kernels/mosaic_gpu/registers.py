@@ -110,6 +110,19 @@ def from_vector(value: Any) -> Register:
     return utils.bitcast(value, i32())
 
 
+def instructions(
+    text: str, results: Sequence[Any], operands: Sequence[Any], constraints: str
+) -> list[Any]:
+    """PTX that must stay where it is, and the registers that it writes."""
+    if len(results) == 1:
+        return [
+            llvm.inline_asm(results[0], list(operands), text, constraints, has_side_effects=True)
+        ]
+    struct = llvm.StructType.get_literal(list(results))
+    found: Any = llvm.inline_asm(struct, list(operands), text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(kind, found, [i]) for i, kind in enumerate(results)]
+
+
 def _register(value: Register | int) -> Register:
     return constant(value) if isinstance(value, int) else value
 

@@ -56,14 +56,12 @@ def reference(
     return seen, now, p.let("ex2.approx.ftz.f32", octaves)
 
 
-def weigh(
-    p: Program, scores: Sequence[Register], now: Register, slope: Register
-) -> list[Register]:
+def weigh(p: Program, scores: Sequence[Register], now: Register, slope: Register) -> list[Register]:
     """2^(scores - now) * 448 as e4m3 codes, two in a register; what is too small becomes 0."""
     offset = p.let("fma.rn.f32", p.let("neg.f32", now), slope, real(TOP / CODES))
     parts = [p.let("fma.rn.sat.f32", score, slope, offset) for score in scores]
     codes = [p.let("add.rn.f32", part, real(ROUND)) for part in parts]
-    return [p.permute(*codes[i : i + 2], 0x1140) for i in range(0, len(codes), 2)]
+    return [p.permute(codes[i], codes[i + 1], 0x1140) for i in range(0, len(codes), 2)]
 
 
 def insist(p: Program, pairs: Sequence[Register]) -> None:
@@ -78,4 +76,5 @@ def insist(p: Program, pairs: Sequence[Register]) -> None:
 
 def join(p: Program, pairs: Sequence[Register]) -> Register:
     """Two pairs in one register."""
-    return p.permute(*pairs, 0x5410)
+    low, high = pairs
+    return p.permute(low, high, 0x5410)

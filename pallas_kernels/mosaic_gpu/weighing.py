@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math
+from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels.mosaic_gpu import registers as asm
 from pallas_kernels.mosaic_gpu import softmax
@@ -38,7 +38,7 @@ def weigh(
         rows = [[asm.scalar(part) for part in of.registers.flat] for of in (seen, before, slope)]
         mine = [[i for i in range(len(values)) if i // 2 % 2 == row] for row in range(2)]
 
-        def both_rows(p: Program, given: list[str]) -> list[str]:
+        def both_rows(p: Program, given: Sequence[str]) -> list[str]:
             states, scores = given[:6], given[6:]
             found, pairs = [], []
             for row in range(2):
@@ -101,9 +101,7 @@ def add(totals: jax.Array, keep: jax.Array, product: jax.Array) -> jax.Array:
     """Totals keep + product."""
     layout = accumulator_layout()
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout, BY_ROW, layout), return_type=accumulator(totals.shape[1])
-    )
+    @plgpu.inline_mgpu(arg_types=(layout, BY_ROW, layout), return_type=accumulator(totals.shape[1]))
     def emit(_, totals, keep, product):
         factors = [asm.scalar(part) for part in keep.registers.flat]
         pairs = zip(totals.registers.flat, product.registers.flat, strict=True)
@@ -153,16 +151,11 @@ def _run(
     kind = kinds[-1]
     result = given[-1].type
     constraints = ",".join([f"={kind}"] * count + kinds)
-    if count == 1:
-        return [llvm.inline_asm(result, given, p.text(), constraints, has_side_effects=True)]
-    struct = llvm.StructType.get_literal([result] * count)
-    both = llvm.inline_asm(struct, given, p.text(), constraints, has_side_effects=True)
-    return [llvm.extractvalue(result, both, [i]) for i in range(count)]
+    return asm.instructions(p.text(), [result] * count, given, constraints)
 
 
 def _constant(value: float) -> Any:
-    f32 = ir.F32Type.get()
-    return arith.constant(f32, ir.FloatAttr.get(f32, value))
+    return utils.c(value, ir.F32Type.get())
 
 
 def _array(values: list[Any], shape: tuple[int, ...], layout: Any) -> fa.FragmentedArray:

@@ -180,7 +180,42 @@ def compile_quantizer(
     _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
 
 
-COMPILERS = {"matmul": compile_matmul, "quantizer": compile_quantizer}
+def compile_attention(queries: int, keys: int, **changes: int) -> None:
+    """One case, for an H100: 2 videos of 4 heads; `changes` are of the default config."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import device
+    from pallas_kernels.mosaic_gpu.attention import KEYS, ONES, AttentionConfig, attend
+    from pallas_kernels.mosaic_gpu.attention_operands import Operands
+
+    shape, e4m3 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn
+    filled = -(-keys // KEYS) * KEYS
+    operands = Operands(
+        q=shape((8, queries, 128), e4m3),
+        slope=shape((8, queries), jnp.float32),
+        k=shape((8, filled, 128), e4m3),
+        v=shape((8, 128 + ONES, filled), e4m3),
+        v_scale=shape((8, 128), jnp.float32),
+    )
+
+    def attended(*operands: Any) -> Any:
+        return attend(
+            *operands,
+            heads=4,
+            config=AttentionConfig(**changes),
+            out_dtype=jnp.bfloat16,
+            num_sms=device.current().cores,
+        )
+
+    _compile(attended, *operands)
+
+
+COMPILERS = {
+    "matmul": compile_matmul,
+    "quantizer": compile_quantizer,
+    "attention": compile_attention,
+}
 
 
 def _compile(function: Callable[..., Any], *shapes: Any) -> None:

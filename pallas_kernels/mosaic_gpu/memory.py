@@ -1,0 +1,30 @@
+"""What Hopper kernels agree on about memory: swizzled tiles, rings of them, loads as they come."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any, *, stages: int | None = None) -> Any:
+    """Shared memory `shape` or `[stages, *shape]`, in the order that TMA and `wgmma` agree on."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
+    lead = () if stages is None else (stages,)
+    return plgpu.SMEM((*lead, *shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def free_barrier(*, readers: int, stages: int, cluster: int) -> Any:
+    """Signals that all readers of a slot are done with it, in both blocks if they share it."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+    return plgpu.ClusterBarrier(
+        collective_axes=("peer",), num_arrivals=readers, num_barriers=stages
+    )
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Into registers; `optimized` would insist on the fastest path that Mosaic knows."""
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11

@@ -1,0 +1,90 @@
+"""The Hopper attention where there is no GPU: interpreted on a few keys, compiled for many."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu.attention import AttentionConfig
+from pallas_kernels.mosaic_gpu.attention_operands import arranged, rounded
+from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY
+from tests.pallas_kernels import deviceless
+from tests.pallas_kernels.test_attention import exact, relative
+
+D, H = 128, 2
+
+
+def operands(rng, queries, keys, spread=1.0):
+    q = spread * rng.randn(1, queries, H, D)
+    return [jnp.asarray(x, jnp.float32) for x in (q, *rng.randn(2, 1, keys, H, D))]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+@pytest.mark.parametrize(
+    "queries, keys, counted, config",
+    [
+        (128, 256, 256, AttentionConfig(stages=2)),
+        (201, 300, 300, AttentionConfig(stages=3)),  # no size a multiple of its tile
+        (70, 500, 320, AttentionConfig(stages=2)),  # masked keys
+        (300, 384, 384, AttentionConfig(stages=2, cluster=2)),
+    ],
+)
+def test_interpreted(rng, capfd, queries, keys, counted, config):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    mask = jnp.arange(keys)[None] < counted
+    parts = rounded(*operands(rng, queries, keys), None, "sdq32:16")
+    y = attend(
+        *arranged(*parts, mask, D**-0.5),
+        heads=H,
+        config=config,
+        out_dtype=jnp.float32,
+        num_sms=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    y = y[:, :queries]
+    # Each weight is some 3 % off; what is left of a mean of some hundred values is not much larger.
+    assert relative(y, exact(*parts, mask)) < 0.05
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+def test_a_key_far_above_all_others_is_all_there_is(rng):
+    """And the tiles after it, far below, are forgotten, not flushed into it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    q, k, v = operands(rng, 64, 384)
+    k = k.at[:, 7].set(100 * q[:, 0])
+    parts = rounded(q[:, :1].repeat(64, axis=1), k, v, None, None)
+    y = attend(
+        *arranged(*parts, None, D**-0.5),
+        heads=H,
+        config=AttentionConfig(stages=2),
+        out_dtype=jnp.float32,
+        num_sms=1,
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    values = np.asarray(parts[2].values, np.float64) * np.asarray(parts[2].scales)
+    expected = np.broadcast_to(values[:, None, :, :, 7], y.shape)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
+def test_compiled_for_a_hopper_gpu(tmp_path):
+    shape = {"queries": 4096, "keys": 4096}
+    cases = {
+        "one block": shape,
+        "clusters": shape | {"cluster": 2},
+        "text": {"queries": 1008, "keys": 512},
+    }
+    found = deviceless.compiled(tmp_path, list(cases.values()), "attention")
+    for name, report in zip(cases, found, strict=True):
+        assert report.spilled <= 64, name  # counters of the outer loops, not in the inner one
+        assert not report.serialized, name
+        assert report.shared_memory <= SHARED_MEMORY, name
+        if report.instructions:
+            assert {"QGMMA", "PRMT", "UTMALDG", "UTMASTG"} <= report.instructions, name

@@ -1,0 +1,76 @@
+"""The Hopper attention on a Hopper GPU: JAX_PLATFORMS=cuda python -m pytest <this file>."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import device, quantized_attention
+from pallas_kernels.mosaic_gpu.attention_operands import rounded
+from tests.pallas_kernels.test_attention import exact, relative
+
+pytestmark = pytest.mark.skipif(not device.current().is_hopper, reason="needs a Hopper GPU")
+
+ours = functools.partial(quantized_attention, implementation="mosaic_gpu")
+
+
+def operands(rng, b, s, length, h, spread=1.0):
+    q = spread * rng.randn(b, s, h, 128)
+    return [jnp.asarray(x, jnp.bfloat16) for x in (q, *rng.randn(2, b, length, h, 128))]
+
+
+@pytest.mark.parametrize("formats", [("sdq32:16", "sdq32:16"), ("sdq32:32", None), (None, None)])
+@pytest.mark.parametrize("spread", [0.3, 1.5, 4.0])
+@pytest.mark.parametrize(
+    "b, s, length, h", [(1, 1024, 1024, 2), (2, 1000, 517, 3), (1, 77, 4096, 1), (1, 8192, 8192, 1)]
+)
+def test_against_float64(rng, b, s, length, h, spread, formats):
+    x = operands(rng, b, s, length, h, spread)
+    y = ours(*x, fmt_qk=formats[0], fmt_pv=formats[1])
+    assert y.shape == (b, s, h, 128) and y.dtype == jnp.bfloat16
+    expected = exact(*rounded(*x, *formats))
+    assert relative(y, expected) < 0.05
+    # And the errors are without direction: the mean is where it should be.
+    of_mean = np.asarray(y, np.float64).mean(axis=1) - expected.mean(axis=1)
+    assert np.linalg.norm(of_mean) < 0.02 * np.linalg.norm(expected.mean(axis=1))
+
+
+def test_values_of_one_sign(rng):
+    """Where sums that stay in the tensor cores are a fifth wrong."""
+    q, k, v = operands(rng, 1, 128, 32768, 1, 0.5)
+    y = ours(q, k, abs(v), fmt_qk=None, fmt_pv=None)
+    assert relative(y, exact(*rounded(q, k, abs(v), None, None))) < 2e-3
+
+
+def test_masked_keys(rng):
+    q, k, v = operands(rng, 2, 256, 700, 2)
+    mask = jnp.asarray(rng.rand(2, 700) < 0.5).at[1].set(False)
+    spoilt = [jnp.where(mask[:, :, None, None], x, bad) for x, bad in ((k, 1e4), (v, jnp.nan))]
+    y = ours(q, *(x.astype(jnp.bfloat16) for x in spoilt), mask=mask)
+    clean = [jnp.where(mask[:, :, None, None], x, 0).astype(jnp.bfloat16) for x in (k, v)]
+    expected = exact(*rounded(q, *clean, "sdq32:16", "sdq32:16"), mask)
+    assert relative(y[:1], expected[:1]) < 0.05 and not np.asarray(y[1], np.float32).any()
+
+
+def test_extremes(rng):
+    """Equal keys, one far above all others, a NaN, scores that fall by hundreds of octaves."""
+    q, k, v = operands(rng, 1, 128, 1024, 4)
+    k = k.at[:, :, 0].set(k[:, :1, 0])
+    k = k.at[:, 300, 1].set(100 * q[:, 0, 1]).at[:, 5, 2, 3].set(jnp.nan)
+    falling = jnp.linspace(40, -40, 1024, dtype=jnp.bfloat16)[None, :, None]
+    k = k.at[:, :, 3].set(falling * q[:, :1, 3])
+    q = q.at[:, :, 1].set(q[:, :1, 1]).at[:, :, 3].set(q[:, :1, 3])
+    parts = rounded(q, k, v, None, None)
+    y, expected = np.asarray(ours(q, k, v, fmt_qk=None, fmt_pv=None), np.float64), exact(*parts)
+    for head, most in ((0, 0.01), (1, 0.01), (3, 0.05)):
+        assert relative(y[:, :, head], expected[:, :, head]) < most, head
+    assert np.isnan(y[:, :, 2]).all() and np.isfinite(np.delete(y, 2, axis=2)).all()
+
+
+def test_runs_agree(rng):
+    """No race: the same bits every time."""
+    x = operands(rng, 1, 4096, 4096, 4)
+    first = np.asarray(ours(*x), np.float32)
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(ours(*x), np.float32), first)
