@@ -1,0 +1,183 @@
+"""Attention of 4-bit and fp8 operands on a Hopper GPU: speed and error against cuDNN in bf16.
+
+    python -m scripts.bench_attention --out docs/results
+
+All of a length and a number of heads is timed in one process, back to back. Errors are relative to
+float64 on the same rounded operands, of some queries of the first and the last head. Set
+XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
+"""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.common.attention import attention
+from pallas_kernels import device, quantized_attention
+from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
+from scripts import _results as results
+from scripts._timing import back_to_back_seconds
+
+FORMAT = "sdq32:16"
+SIZES = ((32760, 40), (75600, 40), (32760, 12))  # tokens, heads
+WIDTH = 128
+CONFIGS = {
+    "one block": AttentionConfig(),
+    "two that share": AttentionConfig(cluster=2),
+    "three stages": AttentionConfig(stages=3),
+}
+ROWS = 64  # queries of a head that float64 computes
+
+
+def operands(tokens: int, heads: int) -> list[jax.Array]:
+    """Random bf16 `[1, tokens, heads, WIDTH]`: scores spread by 1.5, values with a mean."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (1, tokens, heads, WIDTH)
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:3])
+    mean = jax.random.normal(keys[3], (1, 1, *shape[2:]), jnp.bfloat16)
+    return [1.5 * q, k, v + 0.5 * mean]
+
+
+def exact(parts: tuple[Rounded, ...], rows: np.ndarray, heads: list[int]) -> np.ndarray:
+    """float64 of rounded operands, `[heads, rows, WIDTH]`."""
+
+    def of_heads(part: Rounded) -> np.ndarray:
+        return np.asarray(
+            (part.values.astype(jnp.float32) * part.scales)[0, np.array(heads)], float
+        )
+
+    q, k, v = map(of_heads, parts)
+    scores = np.einsum("hsd,hld->hsl", q[:, rows], k) * WIDTH**-0.5
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("hsl,hdl->hsd", weights, v)
+
+
+def numbers(parts: tuple[Rounded, ...]) -> list[jax.Array]:
+    """What the rounded operands stand for, bf16 `[1, tokens, heads, WIDTH]`."""
+    q, k, v = ((x.values.astype(jnp.float32) * x.scales).astype(jnp.bfloat16) for x in parts)
+    return [jnp.swapaxes(x, 1, 2) for x in (q, k, jnp.swapaxes(v, 2, 3))]
+
+
+def measure(tokens: int, heads: int) -> dict[str, dict[str, float]]:
+    """Milliseconds, times faster than cuDNN and error, by name."""
+    x = operands(tokens, heads)
+    parts = jax.jit(functools.partial(rounded, fmt_qk=FORMAT, fmt_pv=FORMAT))(*x)
+    laid_out = jax.jit(functools.partial(arranged, mask=None, scale=WIDTH**-0.5))(*parts)
+    rows = np.sort(np.random.RandomState(0).choice(tokens, ROWS, replace=False))
+    ends = [0, heads - 1]
+    expected = exact(parts, rows, ends)
+
+    def error(y: jax.Array) -> float:
+        got = np.asarray(y[0, rows][:, np.array(ends)], np.float64).swapaxes(0, 1)
+        return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+    cudnn = functools.partial(jax.jit(functools.partial(attention, implementation="cudnn")))
+    found = {"cuDNN bf16": _timed(cudnn, x) | {"error": error(cudnn(*numbers(parts)))}}
+    for name, config in CONFIGS.items():
+        kernel = jax.jit(
+            functools.partial(
+                attend,
+                heads=heads,
+                config=config,
+                out_dtype=jnp.bfloat16,
+                num_sms=device.current().cores,
+            )
+        )
+        found[f"kernel, {name}"] = _timed(kernel, laid_out) | {"error": error(kernel(*laid_out))}
+    for name, formats in (("4 bits", (FORMAT, FORMAT)), ("fp8", (None, None))):
+        whole = functools.partial(quantized_attention, implementation="mosaic_gpu")
+        whole = functools.partial(whole, fmt_qk=formats[0], fmt_pv=formats[1])
+        found[f"from bf16, {name}"] = _timed(jax.jit(whole), x)
+    for name, other in OTHERS.items():
+        try:
+            found[name] = {"ms": 1e3 * other(tokens, heads)}
+        except Exception as reason:  # another library's; say so and go on
+            print(f"{name}: {type(reason).__name__}: {str(reason)[:300]}", flush=True)
+    base = found["cuDNN bf16"]["ms"]
+    return {name: row | {"times": base / row["ms"]} for name, row in found.items()}
+
+
+def _timed(function: Callable[..., Any], arguments: Any) -> dict[str, float]:
+    return {"ms": 1e3 * back_to_back_seconds(functools.partial(function, *arguments))}
+
+
+def pallas_seconds(tokens: int, heads: int) -> float:
+    """jax's own Pallas kernel for Hopper, f16; whole tiles only."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
+    filled = -(-tokens // 128) * 128
+    x = [jnp.ones((1, filled, heads, WIDTH), jnp.float16)] * 3
+    run = jax.jit(functools.partial(attention_mgpu.attention, config=config))
+    return back_to_back_seconds(functools.partial(run, *x))
+
+
+def torch_seconds(tokens: int, heads: int) -> float:
+    """PyTorch's flash attention, bf16."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = [torch.randn(1, heads, tokens, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
+    times = []
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for _ in range(4):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.nn.functional.scaled_dot_product_attention(*x)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(1e-3 * start.elapsed_time(end))
+    return float(np.median(times[1:]))
+
+
+OTHERS: dict[str, Callable[[int, int], float]] = {
+    "jax's Pallas kernel, f16": pallas_seconds,
+    "PyTorch's flash attention, bf16": torch_seconds,
+}
+
+
+def to_lines(tokens: int, heads: int, found: dict[str, dict[str, float]]) -> list[str]:
+    """A table for a size."""
+    operations = 4 * tokens**2 * WIDTH * heads
+    lines = ["", f"## {tokens} tokens, {heads} heads of {WIDTH}", ""]
+    lines += ["| | ms | TFLOP/s | against cuDNN | error |", "|---|---|---|---|---|"]
+    for name, row in found.items():
+        wrong = f"{row['error']:.1e}" if "error" in row else ""
+        rate = operations / row["ms"] / 1e9
+        lines.append(f"| {name} | {row['ms']:.2f} | {rate:.0f} | {row['times']:.2f}x | {wrong} |")
+    return lines
+
+
+def main() -> None:
+    """Measure and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    args = parser.parse_args()
+    if reason := device.without_mosaic_gpu():
+        parser.error(reason)
+    where = results.environment("bench_attention", formats=FORMAT)
+    found, lines = {}, []
+    for tokens, heads in SIZES:
+        found[f"{tokens} x {heads}"] = measure(tokens, heads)
+        lines += to_lines(tokens, heads, found[f"{tokens} x {heads}"])
+        print("\n".join(lines[-20:]), flush=True)
+    text = (
+        "One video; medians. Kernel: of operands that are rounded already; from bf16: rounding in "
+        "plain jnp included. Error: relative, against float64 on the same rounded operands."
+    )
+    if args.out:
+        page = results.page("Attention on fp8 tensor cores", where, text, *lines)
+        results.write(args.out, "attention_hopper", page, {"environment": where, "results": found})
+
+
+if __name__ == "__main__":
+    main()
