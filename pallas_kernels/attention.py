@@ -10,7 +10,7 @@ from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, roun
 from sdq import formats
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")  # the first that fits is taken
-WIDTHS = (128,)  # of a head, that mosaic_gpu knows
+WIDTHS = (64, 128)  # of a head, that mosaic_gpu knows
 KEYS_AT_ONCE = 512  # whose scores the reference holds
 
 

@@ -19,8 +19,7 @@ from pallas_kernels.mosaic_gpu import registers as asm
 
 ROWS = 64  # of a product
 STEP = 32  # fp8 numbers that an instruction adds up
-SWIZZLE = 128  # bytes
-TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE))
+SWIZZLE = 128  # bytes, of rows that are as long
 
 ACCUMULATOR = fa.WGMMA_LAYOUT_ACC_32BIT
 
@@ -40,14 +39,15 @@ def begin(a: Any, b: Any) -> jax.Array:
     """a b^T, on its way: not to be read before `arrived`.
 
     Args:
-      a: e4m3 `[64, K]`: an SMEM ref with TRANSFORMS, or an array in `Layout.WGMMA_8BIT`.
-      b: SMEM ref with TRANSFORMS, e4m3 `[N, K]`.
+      a: e4m3 `[64, K]`: an SMEM ref of `memory.swizzled`, or an array in `Layout.WGMMA_8BIT`.
+      b: SMEM ref of `memory.swizzled`, e4m3 `[N, K]`.
     Returns:
       a b^T, float32 `[64, N]` in `accumulator_layout()`.
     """
     in_registers = isinstance(a, jax.Array)
     columns, depth = b.shape
-    ref = plgpu.RefType(TRANSFORMS)
+    swizzle = min(depth, SWIZZLE)
+    ref = plgpu.RefType((plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)))
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA_8BIT if in_registers else ref, ref),
@@ -57,9 +57,11 @@ def begin(a: Any, b: Any) -> jax.Array:
         if in_registers:
             a = fa.optimization_barrier(a)
         nvvm.wgmma_fence_aligned()
-        a_base, a_step = (None, 0) if in_registers else _descriptor(a, ROWS, is_right=False)
+        a_base, a_step = (
+            (None, 0) if in_registers else _descriptor(a, ROWS, swizzle, is_right=False)
+        )
         b = utils.memref_transpose(b, (1, 0, 3, 2))
-        b_base, b_step = _descriptor(b, columns, is_right=True)
+        b_base, b_step = _descriptor(b, columns, swizzle, is_right=True)
         held: list[Any] = []
         for step in range(depth // STEP):
             if in_registers:
@@ -89,13 +91,13 @@ def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
     return emit(*products)
 
 
-def _descriptor(ref: Any, size: int, *, is_right: bool) -> tuple[Any, int]:
+def _descriptor(ref: Any, size: int, swizzle: int, *, is_right: bool) -> tuple[Any, int]:
     """How `wgmma` finds an operand of `size` rows or columns, and bytes from step to step."""
-    group = (SWIZZLE, size) if is_right else (size, SWIZZLE)
+    group = (swizzle, size) if is_right else (size, swizzle)
     (base, strides), _, fastest = mma_utils.create_descriptor(
         ref,
-        swizzle=SWIZZLE,
-        large_tile=(SWIZZLE,) * 2 if is_right else group,
+        swizzle=swizzle,
+        large_tile=(swizzle,) * 2 if is_right else group,
         group_size=group,
         logical_k_major=is_right,
     )

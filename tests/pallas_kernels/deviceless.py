@@ -180,7 +180,7 @@ def compile_quantizer(
     _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
 
 
-def compile_attention(queries: int, keys: int, **changes: int) -> None:
+def compile_attention(queries: int, keys: int, width: int = 128, **changes: int) -> None:
     """One case, for an H100: 2 videos of 4 heads; `changes` are of the default config."""
     import jax
     import jax.numpy as jnp
@@ -192,11 +192,11 @@ def compile_attention(queries: int, keys: int, **changes: int) -> None:
     shape, e4m3 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn
     filled = -(-keys // KEYS) * KEYS
     operands = Operands(
-        q=shape((8, queries, 128), e4m3),
+        q=shape((8, queries, width), e4m3),
         slope=shape((8, queries), jnp.float32),
-        k=shape((8, filled, 128), e4m3),
-        v=shape((8, 128 + ONES, filled), e4m3),
-        v_scale=shape((8, 128), jnp.float32),
+        k=shape((8, filled, width), e4m3),
+        v=shape((8, width + ONES, filled), e4m3),
+        v_scale=shape((8, width), jnp.float32),
     )
 
     def attended(*operands: Any) -> Any:

@@ -11,33 +11,34 @@ from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY
 from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.test_attention import exact, relative
 
-D, H = 128, 2
+H = 2
 
 
-def operands(rng, queries, keys, spread=1.0):
-    q = spread * rng.randn(1, queries, H, D)
-    return [jnp.asarray(x, jnp.float32) for x in (q, *rng.randn(2, 1, keys, H, D))]
+def operands(rng, queries, keys, width=128):
+    q = rng.randn(1, queries, H, width)
+    return [jnp.asarray(x, jnp.float32) for x in (q, *rng.randn(2, 1, keys, H, width))]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 @pytest.mark.parametrize(
-    "queries, keys, counted, config",
+    "queries, keys, counted, width, config",
     [
-        (128, 256, 256, AttentionConfig(stages=2)),
-        (201, 300, 300, AttentionConfig(stages=3)),  # no size a multiple of its tile
-        (70, 500, 320, AttentionConfig(stages=2)),  # masked keys
-        (300, 384, 384, AttentionConfig(stages=2, cluster=2)),
+        (128, 256, 256, 128, AttentionConfig(stages=2)),
+        (201, 300, 300, 128, AttentionConfig(stages=3)),  # no size a multiple of its tile
+        (70, 500, 320, 128, AttentionConfig(stages=2)),  # masked keys
+        (300, 384, 384, 128, AttentionConfig(stages=2, cluster=2)),
+        (128, 256, 256, 64, AttentionConfig(stages=2)),
     ],
 )
-def test_interpreted(rng, capfd, queries, keys, counted, config):
+def test_interpreted(rng, capfd, queries, keys, counted, width, config):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.mosaic_gpu.attention import attend
 
     mask = jnp.arange(keys)[None] < counted
-    parts = rounded(*operands(rng, queries, keys), None, "sdq32:16")
+    parts = rounded(*operands(rng, queries, keys, width), None, "sdq32:16")
     y = attend(
-        *arranged(*parts, mask, D**-0.5),
+        *arranged(*parts, mask, width**-0.5),
         heads=H,
         config=config,
         out_dtype=jnp.float32,
@@ -46,7 +47,7 @@ def test_interpreted(rng, capfd, queries, keys, counted, config):
     )
     y = y[:, :queries]
     # Each weight is some 3 % off; what is left of a mean of some hundred values is not much larger.
-    assert relative(y, exact(*parts, mask)) < 0.05
+    assert relative(y, exact(*parts, mask, width**-0.5)) < 0.05
     assert "RACE" not in "".join(capfd.readouterr())
 
 
@@ -61,7 +62,7 @@ def test_a_key_far_above_all_others_is_all_there_is(rng):
     k = k.at[:, 7].set(100 * q[:, 0])
     parts = rounded(q[:, :1].repeat(64, axis=1), k, v, None, None)
     y = attend(
-        *arranged(*parts, None, D**-0.5),
+        *arranged(*parts, None, 128**-0.5),
         heads=H,
         config=AttentionConfig(stages=2),
         out_dtype=jnp.float32,
@@ -79,6 +80,7 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
     cases = {
         "one block": shape,
         "clusters": shape | {"cluster": 2},
+        "narrow": shape | {"width": 64},
         "text": {"queries": 1008, "keys": 512},
     }
     found = deviceless.compiled(tmp_path, list(cases.values()), "attention")
