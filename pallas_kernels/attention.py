@@ -1,4 +1,4 @@
-"""quantized_attention: softmax(q k^T) v of 4-bit or fp8 operands."""
+"""quantized_attention: softmax(q k^T) v of fp8 operands, or of 4-bit ones, which are fp8 too."""
 
 import functools
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
 from sdq import formats
+from sdq.rotate import hadamard, largest_group
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")  # the first that fits is taken
 WIDTHS = (64, 128)  # of a head, that mosaic_gpu knows
@@ -19,8 +20,10 @@ def quantized_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    fmt_qk: str | None = "sdq32:16",
-    fmt_pv: str | None = "sdq32:16",
+    fmt_qk: str | None = None,
+    fmt_pv: str | None = None,
+    center: bool = True,
+    rotate: bool = False,
     mask: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -35,8 +38,10 @@ def quantized_attention(
       k: `[B, L, H, D]`.
       v: like k.
       fmt_qk: dialect format of queries and keys, blocks choosing in two stages; None: e4m3, with an
-        exponent for each query and for the keys of a head.
+        exponent for each query and for the keys of a head: as fast, and closer.
       fmt_pv: of the values, likewise; None: an exponent for each channel.
+      center: subtract the mean key before rounding, which changes no weight.
+      rotate: turn queries and keys by a Hadamard matrix before rounding, which changes no score.
       mask: bool `[B, L]`, which keys count; a query without any gets zeros.
       scale: 1 / sqrt(D) by default.
       implementation: one of IMPLEMENTATIONS; None takes the first that fits.
@@ -47,16 +52,20 @@ def quantized_attention(
     """
     _check(q, k, v, fmt_qk, fmt_pv, mask)
     chosen = _chosen(implementation, q)
-    if mask is not None:  # what does not count must not be the largest either
-        k, v = (jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
+    counts = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    k = _centered(k, counts) if center else k
+    if rotate:
+        q, k = (hadamard(x, largest_group(x.shape[-1])) for x in (q, k))
+    # What does not count must not be the largest either.
+    k, v = (jnp.where(counts[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
     operands = rounded(q, k, v, fmt_qk, fmt_pv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return _reference(*operands, mask, scale).astype(q.dtype)
+        return _reference(*operands, counts, scale).astype(q.dtype)
     from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
 
     y = attend(
-        *arranged(*operands, mask, scale),
+        *arranged(*operands, counts, scale),
         heads=q.shape[2],
         config=AttentionConfig(),
         out_dtype=q.dtype,
@@ -65,7 +74,7 @@ def quantized_attention(
     return y[:, : q.shape[1]]
 
 
-def supports(implementation: str, q: jax.Array) -> str | None:
+def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Why an implementation cannot attend with these queries here; None if it can."""
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
@@ -79,24 +88,34 @@ def supports(implementation: str, q: jax.Array) -> str | None:
     return None
 
 
+def chosen_for(q: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """The implementation that is taken unless another is asked for."""
+    return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
+
+
 def _chosen(implementation: str | None, q: jax.Array) -> str:
     if implementation is None:
-        return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
+        return chosen_for(q)
     if reason := supports(implementation, q):
         raise ValueError(f"quantized_attention: {implementation} cannot do this: {reason}")
     return implementation
 
 
-def _reference(
-    q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float
-) -> jax.Array:
+def _centered(k: jax.Array, counts: jax.Array) -> jax.Array:
+    """Without the mean of the keys that count."""
+    counted = jnp.where(counts[:, :, None, None], k.astype(jnp.float32), 0.0)
+    number = jnp.maximum(counts.sum(axis=1), 1).astype(jnp.float32)
+    mean = counted.sum(axis=1) / number[:, None, None]
+    return (k.astype(jnp.float32) - mean[:, None]).astype(k.dtype)
+
+
+def _reference(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float) -> jax.Array:
     """The definition of correct: the rounded operands, everything else in float32.
 
     Online, some keys at a time, so that a long video fits into memory.
     """
     queries, keys, values = (x.values.astype(jnp.float32) * x.scales for x in (q, k, v))
     b, h, length, width = keys.shape
-    counts = jnp.ones((b, length), bool) if mask is None else mask
     more = -length % min(KEYS_AT_ONCE, length)
     parts = (length + more) // min(KEYS_AT_ONCE, length)
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, more), (0, 0)))

@@ -69,7 +69,8 @@ def measure(tokens: int, heads: int) -> dict[str, dict[str, float]]:
     """Milliseconds, times faster than cuDNN and error, by name."""
     x = operands(tokens, heads)
     parts = jax.jit(functools.partial(rounded, fmt_qk=FORMAT, fmt_pv=FORMAT))(*x)
-    laid_out = jax.jit(functools.partial(arranged, mask=None, scale=WIDTH**-0.5))(*parts)
+    everything = jnp.ones((1, tokens), bool)
+    laid_out = jax.jit(functools.partial(arranged, scale=WIDTH**-0.5))(*parts, everything)
     rows = np.sort(np.random.RandomState(0).choice(tokens, ROWS, replace=False))
     ends = [0, heads - 1]
     expected = exact(parts, rows, ends)

@@ -57,10 +57,9 @@ def rounded(
     return queries, keys, _rounded(jnp.swapaxes(by_head[2], 2, 3), fmt_pv)
 
 
-def arranged(q: Rounded, k: Rounded, v: Rounded, mask: jax.Array | None, scale: float) -> Operands:
-    """For the kernel; `mask` says which keys count, bool `[B, L]`. Queries are filled up."""
+def arranged(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float) -> Operands:
+    """For the kernel; `counts` says which keys do, bool `[B, L]`. Queries are filled up."""
     b, h, length, width = k.values.shape
-    counts = jnp.ones((b, length), bool) if mask is None else mask
     # A key that does not count looks like one that does, so that it is no larger than all of these.
     first = jnp.argmax(counts, axis=1)[:, None, None, None]
     alike = jnp.take_along_axis(k.values, first, axis=2)

@@ -7,6 +7,7 @@ from pallas_kernels import quantized_attention
 from pallas_kernels.mosaic_gpu.attention_operands import rounded
 
 B, S, L, H, D = 2, 33, 700, 3, 128
+SDQ = "sdq32:16"
 
 
 @pytest.fixture
@@ -34,15 +35,12 @@ def relative(y, expected):
     return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(
-    "formats", [("sdq32:16", "sdq32:32"), ("dialectfp4:16", None), (None, None)]
-)
+@pytest.mark.parametrize("formats", [(SDQ, "sdq32:32"), ("dialectfp4:16", None), (None, None)])
 def test_the_reference_is_attention_of_the_rounded_numbers(operands, formats):
-    y = quantized_attention(
-        *operands, fmt_qk=formats[0], fmt_pv=formats[1], implementation="reference"
-    )
+    formats = {"fmt_qk": formats[0], "fmt_pv": formats[1]}
+    y = quantized_attention(*operands, **formats, center=False, implementation="reference")
     assert y.shape == (B, S, H, D) and y.dtype == jnp.float32
-    assert relative(y, exact(*rounded(*operands, *formats))) < 1e-5
+    assert relative(y, exact(*rounded(*operands, **formats))) < 1e-5
 
 
 def test_rounding_costs_what_the_formats_cost(operands):
@@ -50,12 +48,27 @@ def test_rounding_costs_what_the_formats_cost(operands):
     q, k, v = operands
     plain = jax.nn.dot_product_attention(q, k, v)
     for formats, least in (
-        (("sdq32:16", "sdq32:16"), 17),
-        ((None, "sdq32:16"), 19),
+        ((SDQ, SDQ), 17),
+        ((None, SDQ), 19),
         ((None, None), 26),
     ):
         y = quantized_attention(q, k, v, fmt_qk=formats[0], fmt_pv=formats[1])
         assert -20 * np.log10(relative(y, np.asarray(plain, np.float64))) > least
+
+
+@pytest.mark.parametrize("options", [{}, {"rotate": True}, {"center": False, "rotate": True}])
+def test_what_is_done_before_rounding_changes_nothing_else(operands, options):
+    """Keys with a large mean and a loud channel: what helps, helps, and what is exact is exact."""
+    q, k, v = operands
+    k = (k + 4 * k[:, :1]).at[..., 3].multiply(8)
+    q = q.at[..., 3].multiply(1 / 8)
+    plain = np.asarray(jax.nn.dot_product_attention(q, k, v), np.float64)
+
+    def error(**options):
+        return relative(quantized_attention(q, k, v, implementation="reference", **options), plain)
+
+    assert error(**options) < 0.2
+    assert error(fmt_qk=SDQ, **options) < 0.7 * error(fmt_qk=SDQ, center=False)
 
 
 def test_keys_that_do_not_count_change_nothing(operands, rng):
@@ -63,11 +76,11 @@ def test_keys_that_do_not_count_change_nothing(operands, rng):
     q, k, v = operands
     mask = jnp.asarray(rng.rand(B, L) < 0.7)
     spoilt = [jnp.where(mask[:, :, None, None], x, bad) for x, bad in ((k, 1e4), (v, jnp.nan))]
-    formats = {"fmt_qk": None, "fmt_pv": None, "implementation": "reference"}
-    y = quantized_attention(q, *spoilt, mask=mask, **formats)
+    plain = {"implementation": "reference"}
+    y = quantized_attention(q, *spoilt, mask=mask, **plain)
     for b in range(B):
         left = [x[b : b + 1, np.asarray(mask[b])] for x in (k, v)]
-        alone = quantized_attention(q[b : b + 1], *left, **formats)
+        alone = quantized_attention(q[b : b + 1], *left, **plain)
         np.testing.assert_allclose(y[b : b + 1], alone, atol=1e-6)
 
 
@@ -77,7 +90,7 @@ def test_without_any_key_there_is_nothing(operands):
     assert not np.asarray(y[1]).any() and np.asarray(y[0]).any()
 
 
-@pytest.mark.parametrize("fmt", ["sdq32:16", None])
+@pytest.mark.parametrize("fmt", [SDQ, None])
 def test_a_nan_poisons_its_head_and_no_other(operands, fmt):
     q, k, v = operands
     formats = {"fmt_qk": fmt, "fmt_pv": fmt, "implementation": "reference"}

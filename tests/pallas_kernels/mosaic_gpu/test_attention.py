@@ -62,7 +62,7 @@ def test_a_key_far_above_all_others_is_all_there_is(rng):
     k = k.at[:, 7].set(100 * q[:, 0])
     parts = rounded(q[:, :1].repeat(64, axis=1), k, v, None, None)
     y = attend(
-        *arranged(*parts, None, 128**-0.5),
+        *arranged(*parts, jnp.ones((1, 384), bool), 128**-0.5),
         heads=H,
         config=AttentionConfig(stages=2),
         out_dtype=jnp.float32,
