@@ -22,13 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, weighing
+from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 
 ROWS = 64  # queries of a warpgroup
 GROUPS = 2  # warpgroups that compute
-KEYS = 128  # of a tile
-ONES = 8  # columns that sum up the weights: a tile of `wgmma`
 PRODUCER_REGISTERS = 24
 REGISTERS = 240
 LOWEST = -1e30  # of a score nobody has seen yet
@@ -67,7 +66,7 @@ def attend(
       slope: of each query, float32 `[B * heads, S]`: what a unit of its scores is worth, in
         octaves / 16.
       k: e4m3 `[B * heads, L, D]`, L a multiple of KEYS.
-      v: e4m3 `[B * heads, D + ONES, L]`, keys in the order of `weighing.in_order`.
+      v: e4m3 `[B * heads, D + ONES, L]`, keys in the order of `attention_operands.in_order`.
       v_scale: float32 `[B * heads, D]`.
       heads: of a video.
       config: how.

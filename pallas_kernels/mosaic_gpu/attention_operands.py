@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.attention import KEYS, ONES
-from pallas_kernels.mosaic_gpu.weighing import in_order
 from pallas_kernels.rows import Fp8Rows, fp8_rows, row_scales
 from sdq import quantize
 from sdq.numerics import exponent_of, largest_magnitude, power_of_two
 
 QUERIES = 8  # are copied at once
+KEYS = 128  # of a tile
+ONES = 8  # channels that sum up the weights: a tile of `wgmma`
 OCTAVES = 16  # a slope of 1 is worth so many
 FP8_TOP = 7  # the largest number of an fp8 row lies in [2^7, 2^8)
 
@@ -80,6 +80,16 @@ def arranged(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float
         return x.reshape(b * h, *x.shape[2:])
 
     return Operands(*map(of_heads, (queries, slope, keys, values, v.scales[..., 0])))
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """The last axis, keys, in the order in which scores become weights without moving.
+
+    A thread has scores of keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen; as the left operand of
+    a product it has numbers 4 t .. 4 t + 3.
+    """
+    parts = x.reshape(*x.shape[:-1], -1, 2, 4, 2)
+    return jnp.swapaxes(parts, -3, -2).reshape(x.shape)
 
 
 def _rounded(x: jax.Array, fmt: str | None) -> Rounded:

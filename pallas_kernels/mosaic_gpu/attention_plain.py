@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu.attention_operands import in_order
 from pallas_kernels.mosaic_gpu.softmax import CODES, REACH, TOP
-from pallas_kernels.mosaic_gpu.weighing import in_order
 
 
 def begin(a: Any, b: Any) -> jax.Array:

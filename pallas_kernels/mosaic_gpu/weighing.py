@@ -87,16 +87,6 @@ def join(codes: jax.Array) -> jax.Array:
     return emit(codes)
 
 
-def in_order(x: jax.Array) -> jax.Array:
-    """The last axis, keys, in the order in which scores become weights without moving.
-
-    A thread has scores of keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen; as the left operand of
-    a product it has numbers 4 t .. 4 t + 3.
-    """
-    parts = x.reshape(*x.shape[:-1], -1, 2, 4, 2)
-    return jnp.swapaxes(parts, -3, -2).reshape(x.shape)
-
-
 def add(totals: jax.Array, keep: jax.Array, product: jax.Array) -> jax.Array:
     """Totals keep + product."""
     layout = accumulator_layout()

@@ -186,8 +186,8 @@ def compile_attention(queries: int, keys: int, width: int = 128, **changes: int)
     import jax.numpy as jnp
 
     from pallas_kernels import device
-    from pallas_kernels.mosaic_gpu.attention import KEYS, ONES, AttentionConfig, attend
-    from pallas_kernels.mosaic_gpu.attention_operands import Operands
+    from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+    from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES, Operands
 
     shape, e4m3 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn
     filled = -(-keys // KEYS) * KEYS

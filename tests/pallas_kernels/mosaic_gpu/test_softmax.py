@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic_gpu import attention_plain, softmax
+from pallas_kernels.mosaic_gpu.attention_operands import in_order
 from pallas_kernels.mosaic_gpu.ptx import Program
-from pallas_kernels.mosaic_gpu.weighing import in_order
 from tests.pallas_kernels.mosaic_gpu.ptx_machine import WARP, run
 
 ROWS, KEYS = 8, 64  # of a warp here; four lanes hold a row
