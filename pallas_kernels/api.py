@@ -67,7 +67,7 @@ def quantized_matmul(
     out_dtype = np.dtype(out_dtype or x.dtype)
     if chosen == "mosaic_gpu":
         config = config or tuning.choose(
-            BF16 if isinstance(x, jax.Array) else mode,
+            mode if isinstance(x, QTensor | Fp8Rows) else BF16,
             math.prod(x.shape[:-1]),
             x.shape[-1],
             rows_of(w),
@@ -180,8 +180,8 @@ def _mosaic_gpu(
 
 def _kernel_rows(x: jax.Array | QTensor | Fp8Rows) -> tuple[jax.Array, jax.Array]:
     """Rows `[..., K]` in the kernel's order, and what each is to be multiplied with."""
-    if isinstance(x, jax.Array):
-        return interleave(x, run=2), jnp.ones(x.shape[:-1], jnp.float32)
+    if not isinstance(x, QTensor | Fp8Rows):
+        return interleave(jnp.asarray(x), run=2), jnp.ones(x.shape[:-1], jnp.float32)
     rows = fp8_rows(x) if isinstance(x, QTensor) else x
     values = rows.values if rows.interleaved else interleave(rows.values)
     return values, row_scales(rows.exponents, bad=1.0)

@@ -159,6 +159,8 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         if x.shape != expected:
             raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
+    if not k.shape[1]:
+        raise ValueError("k: expected at least one key")
     for name, fmt in (("fmt_qk", fmt_qk), ("fmt_pv", fmt_pv)):
         if fmt is not None and formats.parse(fmt).family != "dialect":
             raise ValueError(f"{name}: expected a dialect format or None, got {fmt!r}")

@@ -79,7 +79,7 @@ def measure(tokens: int, heads: int) -> dict[str, dict[str, float]]:
         got = np.asarray(y[0, rows][:, np.array(ends)], np.float64).swapaxes(0, 1)
         return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
-    cudnn = functools.partial(jax.jit(functools.partial(attention, implementation="cudnn")))
+    cudnn = jax.jit(functools.partial(attention, implementation="cudnn"))
     found = {"cuDNN bf16": _timed(cudnn, x) | {"error": error(cudnn(*numbers(parts)))}}
     for name, config in CONFIGS.items():
         kernel = jax.jit(

@@ -181,11 +181,11 @@ def attend(
                 lowest = plgpu.layout_cast(lowest, by_row)
                 (seen,) = multiply.arrived(scores(begins), pending=0)
                 release(k_free, begins)
-                codes, highest, now, _ = softmax.weigh(seen, lowest, lowest, slopes)
+                codes, highest, now, keep = softmax.weigh(seen, lowest, lowest, slopes)
                 weights = softmax.join(codes)
+                # `keep` has nothing to keep yet, but is NaN where a score is.
                 nothing = jnp.zeros((ROWS, channels), jnp.float32)
                 totals = plgpu.layout_cast(nothing, accumulator_layout())
-                keep = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), by_row)
 
                 def step(number, state):
                     totals, weights, highest, now, keep = state

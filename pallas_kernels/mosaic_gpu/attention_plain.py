@@ -27,7 +27,8 @@ def weigh(
     scores: jax.Array, seen: jax.Array, before: jax.Array, slope: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """As `weighing.weigh`, but a code in each number, keys in their own order."""
-    highest = scores.max(axis=1)
+    # A maximum over an axis loses NaNs on XLA:CPU.
+    highest = jnp.where(jnp.isnan(scores).any(axis=1), jnp.nan, scores.max(axis=1))
     seen = jnp.maximum(seen, highest)
     now = jnp.maximum(highest, seen - REACH * 8 / CODES / slope)
     offset = TOP / CODES - now * slope

@@ -3,8 +3,8 @@
 An e4m3 number read as a whole number is a logarithm, eight steps an octave, its mantissa linear
 between octaves. So 2^x rounded to e4m3 is x times eight plus a constant, rounded: one multiply-add,
 and an addition that leaves the whole number in the low byte of a float32. The mantissa is up to 6 %
-off between octaves, 1.7 % on average beside the 2.7 % of rounding to e4m3 itself; whoever divides
-by the sum of the weights must sum up these very weights.
+off between octaves: with rounding to e4m3, which takes 2.7 %, a weight is 3.1 % off, root mean
+square. Whoever divides by the sum of the weights must sum up these very weights.
 
 Weights of a tile are relative to its own largest score, so that each tile uses all of e4m3's range;
 what was summed up before is rescaled, downwards or upwards.

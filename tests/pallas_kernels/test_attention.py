@@ -108,6 +108,10 @@ def test_a_nan_poisons_its_head_and_no_other(operands, fmt):
         ({"v": jnp.ones((B, L, H, 64))}, r"v: expected \[2, 700, 3, 128\], got \[2, 700, 3, 64\]"),
         ({"q": jnp.ones((S, H, D))}, r"q: expected \[B, S, H, D\], got \[33, 3, 128\]"),
         ({"mask": jnp.ones((B, S), bool)}, r"mask: expected bool\[2, 700\], got bool\[2, 33\]"),
+        (
+            {"k": jnp.ones((B, 0, H, D)), "v": jnp.ones((B, 0, H, D))},
+            "k: expected at least one key",
+        ),
         ({"implementation": "flash"}, "expected one of mosaic_gpu, reference, got 'flash'"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu cannot do this: needs"),
     ],

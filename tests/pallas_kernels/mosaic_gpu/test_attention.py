@@ -74,6 +74,29 @@ def test_a_key_far_above_all_others_is_all_there_is(rng):
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+@pytest.mark.parametrize("keys", [128, 256])
+def test_a_nan_is_not_swallowed(rng, keys):
+    """Of a query; of a key in the last tile, which may be the only one."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    q, k, v = operands(rng, 64, keys)
+    parts = rounded(q.at[0, 9, 0, 5].set(jnp.nan), k.at[0, -1, 1, 3].set(jnp.nan), v, None, None)
+    y = attend(
+        *arranged(*parts, jnp.ones((1, keys), bool), 128**-0.5),
+        heads=H,
+        config=AttentionConfig(stages=2),
+        out_dtype=jnp.float32,
+        num_sms=1,
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    bad = np.zeros(y.shape, bool)
+    bad[0, 9, 0] = bad[0, :, 1] = True
+    np.testing.assert_array_equal(np.isnan(y), bad)
+
+
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
 def test_compiled_for_a_hopper_gpu(tmp_path):
     shape = {"queries": 4096, "keys": 4096}

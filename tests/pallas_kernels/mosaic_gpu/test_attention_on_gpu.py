@@ -76,6 +76,13 @@ def test_extremes(rng):
     assert np.isnan(y[:, :, 2]).all() and np.isfinite(np.delete(y, 2, axis=2)).all()
 
 
+@pytest.mark.parametrize("length", [100, 1024])
+def test_a_nan_query_is_not_swallowed(rng, length):
+    q, k, v = operands(rng, 1, 64, length, 1)
+    y = np.asarray(ours(q.at[0, 9, 0, 5].set(jnp.nan), k, v), np.float32)
+    np.testing.assert_array_equal(np.isnan(y).any(axis=(0, 2, 3)), np.arange(64) == 9)
+
+
 def test_runs_agree(rng):
     """No race: the same bits every time."""
     x = operands(rng, 1, 4096, 4096, 4)
