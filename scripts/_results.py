@@ -1,5 +1,6 @@
 """Results files: what was measured, where, when and how, as a page and as JSON beside it."""
 
+import argparse
 import datetime
 import json
 import pathlib
@@ -28,6 +29,15 @@ def environment(script: str, **more: str) -> dict[str, str]:
         f"Python {platform.python_version()}",
         **more,
     }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Of a script that prints what it measures, and writes it to a folder if asked to."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    return made
 
 
 def page(title: str, where: dict[str, str], *body: str) -> str:

@@ -7,9 +7,7 @@ float64 on the same rounded operands, of some queries of the first and the last 
 XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
 """
 
-import argparse
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -158,10 +156,7 @@ def to_lines(tokens: int, heads: int, found: dict[str, dict[str, float]]) -> lis
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser = results.parser(__doc__)
     args = parser.parse_args()
     if reason := device.without_mosaic_gpu():
         parser.error(reason)

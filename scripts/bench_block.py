@@ -7,10 +7,8 @@ of the tokens and shares sub-formatbooks at every input, which is more than a pl
 blocks; its step is one of those that neither look nor learn.
 """
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -172,10 +170,7 @@ def to_markdown(found: list[Result], parts: dict[str, float], where: dict[str, s
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser = results.parser(__doc__)
     parser.add_argument("--config", choices=list(SIZES), default="wan2.1-t2v-14b")
     parser.add_argument(
         "--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens along T, H, W"

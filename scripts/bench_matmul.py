@@ -7,11 +7,9 @@ XLA's bf16 product of the same sizes. Errors are relative to float64 on the same
 with float32 results. Set XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -207,10 +205,7 @@ def to_markdown(
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser = results.parser(__doc__)
     parser.add_argument("--only", default="", help="workloads whose name holds this")
     args = parser.parse_args()
     if not device.current().is_hopper:

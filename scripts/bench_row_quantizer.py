@@ -6,10 +6,8 @@ Bytes are those that must move: x, values, exponents. The share is of the bandwi
 elementwise bf16 copy of the same x reaches in the same process.
 """
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +80,7 @@ def to_lines(m: int, k: int, milliseconds: dict[str, float]) -> list[str]:
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
+    parser = results.parser(__doc__)
     args = parser.parse_args()
     if not device.current().is_hopper:
         parser.error(f"needs a Hopper GPU, not {device.current().kind}")

@@ -7,9 +7,7 @@ Decibels of the attention's output, of every self-attention of the bf16 model al
 by the kernel, weights rounded to e4m3; elsewhere by its reference, which keeps them.
 """
 
-import argparse
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -115,11 +113,8 @@ def to_markdown(found: dict[str, np.ndarray], where: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="videos (default: 8)")
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: print only)")
     args = parser.parse_args()
     if args.prompts < 2:
         parser.error(f"--prompts: expected at least 2, got {args.prompts}")
