@@ -1,5 +1,6 @@
 """How long a call takes, and how much memory a compiled program asks for."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -34,16 +35,35 @@ def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.
       runs: queues.
       at_least: seconds that a queue should take.
     """
-    jax.block_until_ready(function())
-    once = median_seconds(function, 3)
-    calls = max(3, int(at_least / once))
+    return side_by_side_seconds({"": function}, runs, at_least)[""]
 
-    def queue() -> Any:
-        for _ in range(calls - 1):
-            function()
-        return function()
 
-    return median_seconds(queue, runs) / calls
+def side_by_side_seconds(
+    functions: dict[str, Callable[[], Any]], runs: int = 5, at_least: float = 0.02
+) -> dict[str, float]:
+    """`back_to_back_seconds` of each, a queue of every one in turn.
+
+    A GPU lowers its clock as it grows hot or exceeds its power: what is measured first, or alone,
+    would look faster than it is beside the others.
+    """
+    calls = {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())
+        calls[name] = max(1, math.ceil(at_least / median_seconds(function, 3)))
+
+    def queue(name: str) -> Any:
+        for _ in range(calls[name] - 1):
+            functions[name]()
+        return functions[name]()
+
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(runs + 1):
+        for name in functions:
+            start = time.perf_counter()
+            jax.block_until_ready(queue(name))
+            if turn:  # the first only warms up
+                seconds[name].append((time.perf_counter() - start) / calls[name])
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def copy_bandwidth() -> float:

@@ -2,12 +2,13 @@
 
     python -m scripts.bench_attention --out docs/results
 
-All of a length and a number of heads is timed in one process, back to back. Errors are relative to
+All of a length and a number of heads is timed in one process, in turn. Errors are relative to
 float64 on the same rounded operands, of some queries of the first and the last head. Set
 XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from pallas_kernels import device, quantized_attention
 from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
 from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds
+from scripts._timing import side_by_side_seconds
 
 FORMAT = "sdq32:16"
 SIZES = ((32760, 40), (75600, 40), (32760, 12))  # tokens, heads
@@ -78,67 +79,69 @@ def measure(tokens: int, heads: int) -> dict[str, dict[str, float]]:
         return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
     cudnn = jax.jit(functools.partial(attention, implementation="cudnn"))
-    found = {"cuDNN bf16": _timed(cudnn, x) | {"error": error(cudnn(*numbers(parts)))}}
+    timed: dict[str, Callable[[], Any]] = {"cuDNN bf16": functools.partial(cudnn, *x)}
+    errors = {"cuDNN bf16": error(cudnn(*numbers(parts)))}
     for name, config in CONFIGS.items():
-        kernel = jax.jit(
-            functools.partial(
-                attend,
-                heads=heads,
-                config=config,
-                out_dtype=jnp.bfloat16,
-                num_sms=device.current().cores,
-            )
+        kernel = functools.partial(
+            attend,
+            heads=heads,
+            config=config,
+            out_dtype=jnp.bfloat16,
+            num_sms=device.current().cores,
         )
-        found[f"kernel, {name}"] = _timed(kernel, laid_out) | {"error": error(kernel(*laid_out))}
+        name = f"kernel, {name}"
+        timed[name] = functools.partial(jax.jit(kernel), *laid_out)
+        errors[name] = error(timed[name]())
     for name, formats in (("4 bits", (FORMAT, FORMAT)), ("fp8", (None, None))):
         whole = functools.partial(quantized_attention, implementation="mosaic_gpu")
         whole = functools.partial(whole, fmt_qk=formats[0], fmt_pv=formats[1])
-        found[f"from bf16, {name}"] = _timed(jax.jit(whole), x)
+        timed[f"from bf16, {name}"] = functools.partial(jax.jit(whole), *x)
     for name, other in OTHERS.items():
         try:
-            found[name] = {"ms": 1e3 * other(tokens, heads)}
+            run = other(tokens, heads)
+            jax.block_until_ready(run())
+            timed[name] = run
         except Exception as reason:  # another library's; say so and go on
             print(f"{name}: {type(reason).__name__}: {str(reason)[:300]}", flush=True)
-    base = found["cuDNN bf16"]["ms"]
-    return {name: row | {"times": base / row["ms"]} for name, row in found.items()}
+    seconds = side_by_side_seconds(timed)
+    base = seconds["cuDNN bf16"]
+    return {
+        name: {"ms": 1e3 * one, "times": base / one}
+        | ({"error": errors[name]} if name in errors else {})
+        for name, one in seconds.items()
+    }
 
 
-def _timed(function: Callable[..., Any], arguments: Any) -> dict[str, float]:
-    return {"ms": 1e3 * back_to_back_seconds(functools.partial(function, *arguments))}
-
-
-def pallas_seconds(tokens: int, heads: int) -> float:
+def pallas_attention(tokens: int, heads: int) -> Callable[[], Any]:
     """jax's own Pallas kernel for Hopper, f16; whole tiles only."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
     filled = -(-tokens // 128) * 128
     x = [jnp.ones((1, filled, heads, WIDTH), jnp.float16)] * 3
-    run = jax.jit(functools.partial(attention_mgpu.attention, config=config))
-    return back_to_back_seconds(functools.partial(run, *x))
+    return functools.partial(
+        jax.jit(functools.partial(attention_mgpu.attention, config=config)), *x
+    )
 
 
-def torch_seconds(tokens: int, heads: int) -> float:
+def torch_attention(tokens: int, heads: int) -> Callable[[], Any]:
     """PyTorch's flash attention, bf16."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     x = [torch.randn(1, heads, tokens, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
-    times = []
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for _ in range(4):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+
+    def attend() -> types.SimpleNamespace:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             torch.nn.functional.scaled_dot_product_attention(*x)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(1e-3 * start.elapsed_time(end))
-    return float(np.median(times[1:]))
+        return types.SimpleNamespace(block_until_ready=torch.cuda.synchronize)
+
+    return attend
 
 
-OTHERS: dict[str, Callable[[int, int], float]] = {
-    "jax's Pallas kernel, f16": pallas_seconds,
-    "PyTorch's flash attention, bf16": torch_seconds,
+OTHERS: dict[str, Callable[[int, int], Callable[[], Any]]] = {
+    "jax's Pallas kernel, f16": pallas_attention,
+    "PyTorch's flash attention, bf16": torch_attention,
 }
 
 

@@ -27,7 +27,7 @@ from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
 from pallas_kernels import TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds, peak_bytes
+from scripts._timing import back_to_back_seconds, peak_bytes, side_by_side_seconds
 from sdq import Rule, quantize_params, resolve
 from sdq.rules import path_of
 
@@ -97,7 +97,8 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
         "plain": (on_kernels(Ops(quantizer=InputQuantizer(RULES))), fewer, None),
         "semanticdialect": (on_kernels(Ops(quantizer=online)), fewer, state),
     }
-    found: list[Result] = []
+    timed: dict[str, Callable[[], Any]] = {}
+    peaks = {}
     for name, (ops, weights, memory) in ways.items():
 
         def run(weights: Any, x: Any, text: Any, modulation: Any, memory: Any, ops: Ops = ops):
@@ -106,15 +107,18 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
 
         arguments = (weights, x, text, modulation, memory)
         compiled = jax.jit(run).lower(*arguments).compile()
-        seconds = back_to_back_seconds(functools.partial(compiled, *arguments))
-        found.append(
-            Result(
-                name=name,
-                milliseconds=1e3 * seconds,
-                times_faster=found[0].milliseconds / 1e3 / seconds if found else 1.0,
-                peak_mib=peak_bytes(compiled) / 2**20,
-            )
+        timed[name] = functools.partial(compiled, *arguments)
+        peaks[name] = peak_bytes(compiled) / 2**20
+    seconds = side_by_side_seconds(timed)
+    found = [
+        Result(
+            name=name,
+            milliseconds=1e3 * one,
+            times_faster=seconds["bf16"] / one,
+            peak_mib=peaks[name],
         )
+        for name, one in seconds.items()
+    ]
     return found, parts(config, tokens, params, fewer)
 
 

@@ -2,14 +2,15 @@
 
     python -m scripts.bench_matmul --out docs/results
 
-Run `scripts.tune` first. All of a row is timed in one process, back to back; ratios are against
-XLA's bf16 product of the same sizes. Errors are relative to float64 on the same quantised operands,
+Run `scripts.tune` first. All of a row is timed in one process, in turn; ratios are against XLA's
+bf16 product of the same sizes. Errors are relative to float64 on the same quantised operands,
 with float32 results. Set XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shall be timed too.
 """
 
 import dataclasses
 import functools
 import json
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.rows import Fp8Rows, fp8_rows
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds, copy_bandwidth
+from scripts._timing import copy_bandwidth, side_by_side_seconds
 
 FORMAT = "sdq32:16"
 MODES = ("fast", "accurate")
@@ -84,9 +85,9 @@ def speed(linear: Linear, bytes_per_second: float) -> Speed:
         timed[f"{mode}, bf16 rows"] = functools.partial(jax.jit(from_bf16), dense, tiled)
     unquantised = functools.partial(quantized_matmul, implementation="mosaic_gpu")
     timed["rows kept in bf16"] = functools.partial(jax.jit(unquantised), dense, tiled)
-    seconds = {name: back_to_back_seconds(run) for name, run in timed.items()}
-    if (torch := torch_seconds(linear)) is not None:
-        seconds["PyTorch fp8"] = torch
+    if (product_of_torch := torch_product(linear)) is not None:
+        timed["PyTorch fp8"] = product_of_torch
+    seconds = side_by_side_seconds(timed)
     base = seconds.pop("XLA bf16")
     moved = tiled.words.nbytes + tiled.metadata.nbytes + x.values.nbytes + 2 * linear.m * linear.n
     return Speed(
@@ -98,7 +99,7 @@ def speed(linear: Linear, bytes_per_second: float) -> Speed:
     )
 
 
-def torch_seconds(linear: Linear) -> float | None:
+def torch_product(linear: Linear) -> Callable[[], Any] | None:
     """PyTorch's row-wise scaled fp8 product; None without PyTorch."""
     try:
         import torch
@@ -107,14 +108,12 @@ def torch_seconds(linear: Linear) -> float | None:
     x = torch.randn(linear.m, linear.k, device="cuda").to(torch.float8_e4m3fn)
     w = torch.randn(linear.n, linear.k, device="cuda").to(torch.float8_e4m3fn)
     scales = [torch.ones(size, device="cuda") for size in ((linear.m, 1), (1, linear.n))]
-    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(20)] for _ in range(2))
-    for start, end in zip(starts, ends, strict=True):
-        start.record()
+
+    def product() -> types.SimpleNamespace:
         torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
-        end.record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
-    return 1e-3 * float(np.median(times[5:]))
+        return types.SimpleNamespace(block_until_ready=torch.cuda.synchronize)
+
+    return product
 
 
 def error_cases(m: int, k: int, n: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

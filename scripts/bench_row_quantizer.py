@@ -18,7 +18,7 @@ from pallas_kernels import device
 from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
 from pallas_kernels.mosaic_gpu.quantizer_task import default_config, words_held
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds
+from scripts._timing import side_by_side_seconds
 from sdq import formats
 
 SHAPES = ((32768, 5120), (32760, 13824), (32760, 8960), (32760, 1536), (76544, 3072))
@@ -56,6 +56,8 @@ def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
         config = dataclasses.replace(default, **change)
         if words_held(k, 16, config.threads) <= MOST_WORDS:
             found[name] = timed(config=config)
+            if change.keys() == {"threads"}:
+                found[f"norm in front, {name}"] = timed(norm=norm, config=config)
     return found
 
 
@@ -65,7 +67,7 @@ def measure(m: int, k: int) -> dict[str, float]:
     channels = jnp.exp(jax.random.normal(jax.random.key(1), (1, k))).astype(jnp.bfloat16)
     x = noise * channels
     timed = {"copy": functools.partial(jax.jit(lambda x: -x), x)} | ways(x)
-    return {name: 1e3 * back_to_back_seconds(run) for name, run in timed.items()}
+    return {name: 1e3 * seconds for name, seconds in side_by_side_seconds(timed).items()}
 
 
 def to_lines(m: int, k: int, milliseconds: dict[str, float]) -> list[str]:

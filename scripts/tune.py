@@ -28,7 +28,7 @@ from pallas_kernels.rows import Fp8Rows
 from pallas_kernels.tuning import as_entry, file_name
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds
+from scripts._timing import side_by_side_seconds
 
 AT_ONCE = 8  # compilations
 FORMAT = "sdq32:16"
@@ -99,12 +99,14 @@ def measure(linear: Linear, mode: str) -> list[tuple[float, Config]]:
 
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         programs = list(pool.map(program, configs))
-    timed = []
-    for config, compiled in zip(configs, programs, strict=True):
-        seconds = back_to_back_seconds(functools.partial(compiled, x, w))
-        print(f"  {1e3 * seconds:8.3f} ms  {config}", flush=True)
-        timed.append((seconds, config))
-    return sorted(timed, key=lambda pair: pair[0])
+    calls: dict[str, Callable[[], Any]] = {
+        str(number): functools.partial(compiled, x, w) for number, compiled in enumerate(programs)
+    }
+    seconds = side_by_side_seconds(calls).values()
+    timed = sorted(zip(seconds, configs, strict=True), key=lambda pair: pair[0])
+    for one, config in timed:
+        print(f"  {1e3 * one:8.3f} ms  {config}", flush=True)
+    return timed
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ class Config:
 
 TILE_K = 128  # channels of a slot
 PIECE_N = 64  # columns of the result that leave together
-SMALL_THINGS = 6144  # table and barriers
+SMALL_THINGS = 18432  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 
 MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}  # of fp8 rows

@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
-from pallas_kernels.mosaic_gpu.tables import look_up_table
+from pallas_kernels.mosaic_gpu.tables import spread_table
 
 PRODUCER_REGISTERS = 40
 REGISTERS = 512  # of a thread of each warpgroup of a full SM
@@ -61,7 +61,7 @@ def matmul(
         raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
     m, _ = x.shape
     n = w.words.shape[0]
-    table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
+    table = jnp.asarray(spread_table(w.format, w.halves, x.dtype))
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps = w.metadata.shape[0]
     halves = w.halves
