@@ -35,26 +35,9 @@ FORMAT = "sdq32:16"
 
 
 SHAPES: dict[str, tuple[dict[str, int], ...]] = {
-    "fast": (
-        {"tile_m": 256},
-        {"tile_m": 224},
-        {"tile_m": 192},
-        {"tile_m": 128, "rows_n": 128},
-        {"tile_m": 128, "warpgroups": 3},
-        {"tile_m": 160, "warpgroups": 3},
-    ),
-    "accurate": (
-        {"tile_m": 192},
-        {"tile_m": 224},
-        {"tile_m": 128, "parts": 1},
-        {"tile_m": 96, "parts": 1, "warpgroups": 3},
-    ),
-    BF16: (
-        {"tile_m": 192},
-        {"tile_m": 224},
-        {"tile_m": 256},
-        {"tile_m": 128, "warpgroups": 3},
-    ),
+    "fast": ({"tile_m": 256}, {"tile_m": 224}),
+    "accurate": ({"tile_m": 192}, {"tile_m": 192, "stages": 4}, {"tile_m": 176}),
+    BF16: ({"tile_m": 192}, {"tile_m": 128, "warpgroups": 3}),
 }
 
 
@@ -66,9 +49,9 @@ def candidates(mode: str, m: int) -> Iterator[Config]:
         for warpgroups, stages in itertools.product((1, 2), (4, 6, 8, 12, 16)):
             yield dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
         return
-    for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 16)):
+    for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
         changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
-        yield fitted(changed, 2)
+        yield fitted(changed, 2, most=shape.get("stages", 6))
 
 
 def operands(linear: Linear, mode: str) -> tuple[jax.Array | Fp8Rows, Any]:

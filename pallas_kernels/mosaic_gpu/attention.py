@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import attention_plain, products, weighing
+from pallas_kernels.mosaic_gpu import attention_plain, products, products_plain, weighing
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
@@ -30,7 +30,7 @@ ROWS = 64  # queries of a warpgroup
 GROUPS = 2  # warpgroups that compute
 PRODUCER_REGISTERS = 24
 REGISTERS = 240
-LOWEST = -1e30  # of a score nobody has seen yet
+FAR = 1e30  # above a score that nobody has seen yet, in either state of a row
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,8 @@ def attend(
 
     Args:
       q: e4m3 `[B * heads, S, D]`, S a multiple of 8.
-      slope: of each query, float32 `[B * heads, S]`: what a unit of its scores is worth, in
-        octaves / 16.
+      slope: of each query, float16 numbers in float32 `[B * heads, S]`: what a unit of its scores
+        is worth, in octaves / 16.
       k: e4m3 `[B * heads, L, D]`, L a multiple of KEYS.
       v: e4m3 `[B * heads, D + ONES, L]`, keys in the order of `attention_operands.in_order`.
       v_scale: float32 `[B * heads, D]`.
@@ -80,7 +80,8 @@ def attend(
     steps = k.shape[1] // KEYS
     tiles = pl.cdiv(length, ROWS * GROUPS * config.cluster)  # of a head
     channels = width + ONES
-    multiply, softmax = (products, weighing) if interpret is None else (attention_plain,) * 2
+    multiply = products if interpret is None else products_plain
+    softmax = weighing if interpret is None else attention_plain
 
     def kernel(
         q_g, slope_g, k_g, v_g, scale_g, out_g,
@@ -160,7 +161,7 @@ def attend(
             def scores(number):
                 slot = lax.rem(number, config.stages)
                 plgpu.barrier_wait(k_full.at[slot])
-                return multiply.begin(queries, k_s.at[slot])
+                return multiply.begin(queries, k_s.at[slot], jnp.float16)
 
             def weighted(weights, number):
                 slot = lax.rem(number, config.stages)
@@ -177,29 +178,28 @@ def attend(
                 plgpu.barrier_wait(q_full)
                 begins = turn * steps
 
-                lowest = jnp.full((ROWS,), LOWEST, jnp.float32)
-                lowest = plgpu.layout_cast(lowest, by_row)
-                (seen,) = multiply.arrived(scores(begins), pending=0)
+                far = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), by_row)
+                (of_scores,) = multiply.arrived(scores(begins), pending=0)
                 release(k_free, begins)
-                codes, highest, now, keep = softmax.weigh(seen, lowest, lowest, slopes)
+                codes, seen, offset, keep = softmax.weigh(of_scores, -far, far, slopes)
                 weights = softmax.join(codes)
                 # `keep` has nothing to keep yet, but is NaN where a score is.
                 nothing = jnp.zeros((ROWS, channels), jnp.float32)
                 totals = plgpu.layout_cast(nothing, accumulator_layout())
 
                 def step(number, state):
-                    totals, weights, highest, now, keep = state
+                    totals, weights, seen, offset, keep = state
                     of_scores = scores(number)
                     of_values = weighted(weights, number - 1)
                     (of_scores,) = multiply.arrived(of_scores, pending=1)
                     release(k_free, number)
-                    codes, highest, now, decay = softmax.weigh(of_scores, highest, now, slopes)
+                    codes, seen, offset, decay = softmax.weigh(of_scores, seen, offset, slopes)
                     of_values, codes = multiply.arrived(of_values, codes, pending=0)
                     release(v_free, number - 1)
                     totals = softmax.add(totals, keep, of_values)
-                    return totals, softmax.join(codes), highest, now, decay
+                    return totals, softmax.join(codes), seen, offset, decay
 
-                state = (totals, weights, highest, now, keep)
+                state = (totals, weights, seen, offset, keep)
                 state = lax.fori_loop(begins + 1, begins + steps, step, state)
                 totals, weights, _, _, keep = state
                 plgpu.barrier_arrive(q_free)

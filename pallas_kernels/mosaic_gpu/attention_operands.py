@@ -2,25 +2,29 @@
 
 queries  blocks along the width, an exponent a query: part of what a unit of its scores is worth
 keys     blocks along the width, an exponent a head, because scores of all keys are compared
+         Both are so small, by their Euclidean norms, that no score exceeds what float16 holds.
 values   blocks along the keys, an exponent a channel: part of the result's scale; transposed, and
          followed by ones, which sum up the weights
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu.softmax import OCTAVES
 from pallas_kernels.rows import Fp8Rows, fp8_rows, row_scales
 from sdq import quantize
-from sdq.numerics import exponent_of, largest_magnitude, power_of_two
+from sdq.numerics import exponent_of, largest_magnitude, power_of_two, times_power_of_two
 
 QUERIES = 8  # are copied at once
 KEYS = 128  # of a tile
+E4M3 = jnp.float8_e4m3fn
 ONES = 8  # channels that sum up the weights: a tile of `wgmma`
-OCTAVES = 16  # a slope of 1 is worth so many
 FP8_TOP = 7  # the largest number of an fp8 row lies in [2^7, 2^8)
+NORM_TOP = 4  # the largest norm lies in [2^4, 2^5): scores up to 1200
+STEEPEST = 28.0  # slope: neighbouring float16 scores of 1000 are 220 octaves apart, enough for all
 
 
 class Operands(NamedTuple):
@@ -50,11 +54,11 @@ def rounded(
 ) -> tuple[Rounded, Rounded, Rounded]:
     """All three `[B, S, H, D]`, as `[B, H, S, D]`, `[B, H, L, D]` and `[B, H, D, L]`."""
     by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-    queries = _rounded(by_head[0], fmt_qk)
+    queries = _small(_rounded(by_head[0], fmt_qk, jnp.float32))
     b, h, length, width = by_head[1].shape
-    keys = _rounded(by_head[1].reshape(b, h, length * width), fmt_qk)
+    keys = _rounded(by_head[1].reshape(b, h, length * width), fmt_qk, jnp.float32)
     keys = Rounded(keys.values.reshape(b, h, length, width), keys.scales[..., None])
-    return queries, keys, _rounded(jnp.swapaxes(by_head[2], 2, 3), fmt_pv)
+    return queries, _small(keys), _rounded(jnp.swapaxes(by_head[2], 2, 3), fmt_pv, E4M3)
 
 
 def arranged(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float) -> Operands:
@@ -72,6 +76,7 @@ def arranged(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float
     values = jnp.concatenate([values, ones], axis=2)
     values = in_order(jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more))))
     slope = (q.scales * k.scales)[..., 0] * (scale * math.log2(math.e) / OCTAVES)
+    slope = jnp.clip(slope, -STEEPEST, STEEPEST).astype(jnp.float16).astype(jnp.float32)
     fill = -slope.shape[-1] % QUERIES
     slope = jnp.pad(slope, ((0, 0), (0, 0), (0, fill)), constant_values=1.0)
     queries = jnp.pad(q.values, ((0, 0), (0, 0), (0, fill), (0, 0)))
@@ -92,12 +97,26 @@ def in_order(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(parts, -3, -2).reshape(x.shape)
 
 
-def _rounded(x: jax.Array, fmt: str | None) -> Rounded:
-    """Along the last axis, an exponent for all of it; without a format to e4m3 alone."""
+def _rounded(x: jax.Array, fmt: str | None, dtype: Any) -> Rounded:
+    """Along the last axis, an exponent for all of it; without a format only to dtype."""
     if fmt is None:
         exponent = exponent_of(largest_magnitude(x.astype(jnp.float32)))[..., None] - FP8_TOP
         exponent = jnp.clip(exponent, -126, 126)
         scaled = x.astype(jnp.float32) * power_of_two(-exponent)
-        return Rounded(scaled.astype(jnp.float8_e4m3fn), power_of_two(exponent))
+        return Rounded(scaled.astype(dtype), power_of_two(exponent))
     rows: Fp8Rows = fp8_rows(quantize(x, fmt, select="two_stage"))
-    return Rounded(rows.values, row_scales(rows.exponents, bad=1.0))
+    return Rounded(rows.values.astype(dtype), row_scales(rows.exponents, bad=1.0))
+
+
+def _small(x: Rounded) -> Rounded:
+    """e4m3, the norms of the rows, or of all rows that share a scale, in [2^NORM_TOP, 2 * that).
+
+    4-bit numbers are exact still, but for those 2^-10 of the norm and smaller.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(x.values), axis=-1))[..., None]
+    if norm.shape != x.scales.shape:
+        norm = jnp.max(norm, axis=-2, keepdims=True)
+    exponent = jnp.clip(exponent_of(norm) - NORM_TOP, -126, 126)
+    exponent = jnp.where(jnp.isfinite(norm), exponent, 0)
+    values = (x.values * power_of_two(-exponent)).astype(E4M3)
+    return Rounded(values, times_power_of_two(x.scales, exponent))

@@ -1,41 +1,34 @@
-"""What `products.py` and `weighing.py` mean, in plain jnp; stands in for them where interpreted."""
-
-from typing import Any
+"""What `weighing.py` means, in plain jnp; stands in for it where a kernel is interpreted."""
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.attention_operands import in_order
-from pallas_kernels.mosaic_gpu.softmax import CODES, REACH, TOP
-
-
-def begin(a: Any, b: Any) -> jax.Array:
-    """As `products.begin`."""
-    left, right = (part[...].astype(jnp.float32) for part in (a, b))
-    plgpu.commit_smem()  # `wgmma` reads as TMA writes; a load must be fenced off
-    return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())))
-
-
-def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
-    """As `products.arrived`."""
-    del pending
-    return products
+from pallas_kernels.mosaic_gpu.softmax import CODES, OCTAVES, REACH, TOP
 
 
 def weigh(
     scores: jax.Array, seen: jax.Array, before: jax.Array, slope: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As `weighing.weigh`, but a code in each number, keys in their own order."""
+    """As `weighing.weigh`, but codes as whole numbers, keys in their own order."""
+    scores = scores.astype(jnp.float32)
     # A maximum over an axis loses NaNs on XLA:CPU.
-    highest = jnp.where(jnp.isnan(scores).any(axis=1), jnp.nan, scores.max(axis=1))
+    highest = jnp.where(jnp.isnan(scores).any(axis=1), jnp.nan, scores.max(axis=1)) * slope
     seen = jnp.maximum(seen, highest)
-    now = jnp.maximum(highest, seen - REACH * 8 / CODES / slope)
-    offset = TOP / CODES - now * slope
-    parts = jnp.clip(scores * slope[:, None] + offset[:, None], 0, 1)
-    decay = jnp.exp2((before - now) * slope * (CODES / 8))
+    now = jnp.maximum(highest, seen - REACH / OCTAVES)
+    offset = _rounded_down(TOP / CODES - now)
+    parts = scores * slope[:, None] + offset[:, None]
+    parts = jnp.clip(parts.astype(jnp.float16).astype(jnp.float32), 0, 1)
+    decay = jnp.exp2((offset - before) * OCTAVES)
     codes = jnp.where(jnp.isnan(parts), 0.0, jnp.round(parts * CODES))
-    return codes, seen, now, decay
+    return codes, seen, offset, decay
+
+
+def _rounded_down(x: jax.Array) -> jax.Array:
+    """To float16 numbers."""
+    near = x.astype(jnp.float16)
+    above = near.astype(jnp.float32) > x
+    return jnp.where(above, jnp.nextafter(near, jnp.float16(-jnp.inf)), near).astype(jnp.float32)
 
 
 def join(codes: jax.Array) -> jax.Array:

@@ -14,9 +14,7 @@ class Config:
       stages: slots of the ring.
       cluster: blocks that share each tile of x, 1 or 2.
       promote: tiles of K (of 128 channels) that the tensor cores sum up before float32 registers
-        take over; 0 is all. Their own sums of fp8 products keep some 14 bits.
-      parts: of the columns that are promoted one after another, because all at once would need
-        registers for two results. More than one needs promote = 1.
+        take over; 0 is all. Their own sums of fp8 products keep 14 bits.
       width: tiles along M before the next tile along N, for reuse in L2.
       x_bytes: of a number of x: 1, fp8, or 2, bf16.
     """
@@ -27,7 +25,6 @@ class Config:
     stages: int = 4
     cluster: int = 1
     promote: int = 0
-    parts: int = 1
     width: int = 8
     x_bytes: int = 1
 
@@ -43,11 +40,6 @@ class Config:
         ):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}: expected in [{least}, {most}], got {value}")
-        if self.parts > 1 and (self.promote != 1 or self.tile_m % (16 * self.parts)):
-            raise ValueError(
-                f"parts: {self.parts} need promote = 1 and a tile_m of as many times 16, "
-                f"got promote = {self.promote}, tile_m = {self.tile_m}"
-            )
 
     @property
     def tile_n(self) -> int:
@@ -55,14 +47,9 @@ class Config:
         return self.rows_n * self.warpgroups
 
     @property
-    def columns(self) -> int:
-        """Rows of x that are multiplied at once."""
-        return self.tile_m // self.parts
-
-    @property
     def piece(self) -> int:
         """Rows of the result that leave together."""
-        return next(rows for rows in (64, 32, 16) if self.columns % rows == 0)
+        return next(rows for rows in (64, 32, 16) if self.tile_m % rows == 0)
 
     def shared_memory(self, out_bytes: int) -> int:
         """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
@@ -73,10 +60,10 @@ class Config:
 
 TILE_K = 128  # channels of a slot
 PIECE_N = 64  # columns of the result that leave together
-SMALL_THINGS = 18432  # table and barriers
+SMALL_THINGS = 6144  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 
-MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=1, parts=2)}  # of fp8 rows
+MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=2)}  # of fp8 rows
 BF16 = "bf16"  # stands where a mode does: of bf16 rows, whose sums are float32 anyway
 BASES = {**MODES, BF16: Config(tile_m=192, x_bytes=2)}
 FEW = 64  # rows of x with which a product only reads weights
@@ -86,10 +73,10 @@ def heuristic(mode: str, m: int, out_bytes: int = 2) -> Config:
     """For m rows of x that nobody has tuned; a mode of MODES, or BF16."""
     config = BASES[mode]
     if m <= FEW:  # many blocks with many small slots, so that the memory is always busy
-        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1, "parts": 1}
+        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1}
         return fitted(dataclasses.replace(config, **few), out_bytes, most=12)
     if m <= config.tile_m - 64:
-        config = dataclasses.replace(config, tile_m=-(-m // 64) * 64, parts=1)
+        config = dataclasses.replace(config, tile_m=-(-m // 64) * 64)
     return fitted(config, out_bytes)
 
 

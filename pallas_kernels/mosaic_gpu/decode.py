@@ -17,10 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import registers as asm
 from pallas_kernels.mosaic_gpu.operands import STEP, sign_bit
-from pallas_kernels.mosaic_gpu.tables import THREADS_OF_A_ROW, copies_of
 from pallas_kernels.rows import interleave
 
 WORDS_PER_STEP = STEP // 8
+THREADS = 4  # that share a row
 SIGNS = 0x80808080
 INDICES = 0x77777777
 PAIRS = (0x5140, 0x7362)  # of low and high bytes: the first two bf16 numbers of four, the others
@@ -34,7 +34,7 @@ def decode_magnitudes(
     Args:
       words: uint32 `[rows, tile_k / 8]` in `word_layout()`.
       metadata: SMEM ref, uint32 `[rows * halves]`.
-      table: SMEM ref, uint32 of `tables.spread_table`.
+      table: SMEM ref, uint32 of `tables.look_up_table`.
       halves: words of metadata of a row.
       dtype: e4m3 or bf16.
     Returns:
@@ -44,22 +44,21 @@ def decode_magnitudes(
     rows, width = words.shape
     steps = width // WORDS_PER_STEP
     wide = jnp.dtype(dtype).itemsize == 2
-    entry = copies_of(halves, dtype) * magnitudes_bytes(dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(word_layout(), plgpu.RefType(), plgpu.RefType()),
         return_type=_operand_type(rows, steps, dtype),
     )
     def emit(_, words, metadata, table):
-        table_at = asm.add(asm.address(table), _own_copy(halves, dtype))
+        table_at = asm.address(table)
         metadata_at = asm.add(asm.address(metadata), _own_metadata(halves))
         held = words.registers.reshape(rows // 64, steps, 2)
         out = _no_registers(rows, steps, dtype)
         for part, eight in itertools.product(range(rows // 64), range(2)):
             bytes_ = asm.load(metadata_at, 4 * halves * (64 * part + 8 * eight))
             for step in range(steps):
-                at = asm.dot_bytes(bytes_, entry << (8 * step), table_at)
-                magnitudes = asm.load_words(at, 4 if wide else 2)
+                entry = asm.dot_bytes(bytes_, table_entry(dtype) << (8 * step), table_at)
+                magnitudes = asm.load_words(entry, 4 if wide else 2)
                 index = asm.both(asm.scalar(held[part, step, eight]), INDICES)
                 for run in range(2):
                     selector = asm.shift_right(index, 16 * run)
@@ -102,8 +101,8 @@ def add_signs(magnitudes: jax.Array, words: jax.Array) -> jax.Array:
     return emit(magnitudes, words)
 
 
-def magnitudes_bytes(dtype: Any) -> int:
-    """Of a table's eight numbers."""
+def table_entry(dtype: Any) -> int:
+    """Bytes of the eight magnitudes of a metadata byte."""
     return 8 * jnp.dtype(dtype).itemsize
 
 
@@ -141,18 +140,9 @@ def _own_metadata(halves: int) -> asm.Register:
     )
 
 
-def _own_copy(halves: int, dtype: Any) -> asm.Register:
-    """Bytes to this thread's copy of the table's first entry."""
-    sharing = THREADS_OF_A_ROW // halves  # threads that read the same entries
-    copy = asm.shift_right(asm.thread(), sharing.bit_length() - 1)
-    return asm.multiply(asm.both(copy, copies_of(halves, dtype) - 1), magnitudes_bytes(dtype))
-
-
 def word_layout() -> Any:
     """A thread holds, of each of its rows, the word of its eight channels in each step."""
-    tiling = fa.Tiling(
-        ((64, THREADS_OF_A_ROW), (16, THREADS_OF_A_ROW), (8, THREADS_OF_A_ROW), (1,))
-    )
+    tiling = fa.Tiling(((64, THREADS), (16, THREADS), (8, THREADS), (1,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
@@ -162,8 +152,7 @@ def decoded(
     """What both parts mean, in plain jnp; stands in for them where a kernel is interpreted."""
     rows, width = words.shape
     wide = jnp.dtype(dtype).itemsize
-    table = table.reshape(256, -1, wide, 2)[:, 0]  # copies are for speed
-    metadata = metadata.reshape(rows, halves)
+    table, metadata = table.reshape(256, wide, 2), metadata.reshape(rows, halves)
     steps = []
     for step in range(width // WORDS_PER_STEP):
         of_word = [metadata[:, t * halves // WORDS_PER_STEP] for t in range(WORDS_PER_STEP)]

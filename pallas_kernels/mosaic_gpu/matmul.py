@@ -21,10 +21,10 @@ from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
-from pallas_kernels.mosaic_gpu.tables import spread_table
+from pallas_kernels.mosaic_gpu.tables import look_up_table
 
-PRODUCER_REGISTERS = 40
-REGISTERS = 512  # of a thread of each warpgroup of a full SM
+PRODUCER_REGISTERS = 24
+REGISTERS = 65536  # of an SM
 
 
 def matmul(
@@ -61,7 +61,7 @@ def matmul(
         raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
     m, _ = x.shape
     n = w.words.shape[0]
-    table = jnp.asarray(spread_table(w.format, w.halves, x.dtype))
+    table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps = w.metadata.shape[0]
     halves = w.halves
@@ -124,8 +124,7 @@ def matmul(
             lax.fori_loop(lax.max(total + 1 - config.stages, 0), total, drain, None)
 
         def consume():
-            registers = min(256, (REGISTERS - PRODUCER_REGISTERS) // config.warpgroups) // 8 * 8
-            plgpu.set_max_registers(registers, action="increase")
+            plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
 
             @pl.when(group == 0)
             def fetch_table():
@@ -172,73 +171,48 @@ def matmul(
 
                 return pl.run_scoped(run, plgpu.ACC((config.rows_n, config.tile_m), jnp.float32))
 
-            def add_slot(number, totals, held):
-                """Totals plus the products of one slot, part after part of the columns."""
-                slot = lax.rem(number, config.stages)
-                a, then, totals = operand(held), None, list(totals)
-                for part in range(config.parts):
-                    columns = x_s.at[slot, pl.ds(part * config.columns, config.columns)].T
-
-                    def run(acc, columns=columns, last=part == config.parts - 1):
-                        plgpu.wgmma(acc, a, columns)
-                        then = weights(number + 1) if last else None
-                        plgpu.wgmma_wait(0)
-                        return acc[...], then
-
-                    acc = plgpu.ACC((config.rows_n, config.columns), jnp.float32)
-                    product, then = pl.run_scoped(run, acc)
-                    totals[part] = totals[part] + product
-                plgpu.barrier_arrive(free.at[slot])
-                return tuple(totals), then
-
-            def add_slots(begin, count, totals, held):
-                product, held = sum_slots(begin, count, held)
-                return (totals[0] + product,), held
-
             def promoted(begin, held):
                 """Float32 sums of what the tensor cores sum up in each group of slots."""
                 every = config.promote
-                zeros = jnp.zeros((config.rows_n, config.columns), jnp.float32)
-                zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
-                def add(number, state):
-                    first = begin + number * every
-                    if config.parts > 1:
-                        return add_slot(first, *state)
-                    return add_slots(first, every, *state)
+                def add(first, count, state):
+                    total, held = state
+                    product, held = sum_slots(first, count, held)
+                    return total + product, held
 
-                state = (zeros,) * config.parts, held
-                state = lax.fori_loop(0, steps // every, add, state)
+                zeros = jnp.zeros((config.rows_n, config.tile_m), jnp.float32)
+                state = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), held
+                state = lax.fori_loop(
+                    0, steps // every, lambda i, state: add(begin + i * every, every, state), state
+                )
                 if rest := steps % every:
-                    state = add_slots(begin + steps - rest, rest, *state)
+                    state = add(begin + steps - rest, rest, state)
                 return state
 
             def tile(turn, held):
                 begin = turn * steps
                 if config.promote:
-                    totals, held = promoted(begin, held)
+                    total, held = promoted(begin, held)
                 else:
                     total, held = sum_slots(begin, steps, held)
-                    totals = (total,)
                 at_m, at_n = place(turn)
-                store(totals, turn, at_m, at_n + group * config.rows_n)
+                store(total, turn, at_m, at_n + group * config.rows_n)
                 return held
 
-            def store(totals, turn, at_m, at_n):
+            def store(total, turn, at_m, at_n):
                 """Scale, add the bias and send a warpgroup's result out, piece by piece."""
                 by_row = plgpu.Layout.WGMMA.reduce(1)
                 by_column = plgpu.Layout.WGMMA.reduce(0)
                 pieces = list(
                     itertools.product(
                         range(0, config.rows_n, PIECE_N),
-                        range(config.parts),
-                        range(0, config.columns, config.piece),
+                        range(0, config.tile_m, config.piece),
                     )
                 )
-                for number, (j, part, i) in enumerate(pieces):
-                    piece = totals[part][j : j + PIECE_N, i : i + config.piece]
+                for number, (j, i) in enumerate(pieces):
+                    piece = total[j : j + PIECE_N, i : i + config.piece]
                     of_n = pl.ds(at_n + j, PIECE_N)
-                    of_m = pl.ds(at_m + part * config.columns + i, config.piece)
+                    of_m = pl.ds(at_m + i, config.piece)
                     w_scale, bias = load(ws_g.at[of_n], by_row), load(bias_g.at[of_n], by_row)
                     x_scale = load(xs_g.at[of_m], by_column)
                     shape = piece.shape
@@ -297,6 +271,16 @@ def matmul(
         _padded(w_scale, config.tile_n * config.cluster),
         _padded(bias, config.tile_n * config.cluster),
     )
+
+
+def _registers(warpgroups: int) -> int:
+    """Of a thread that multiplies: what the copying warpgroup leaves of those at the start.
+
+    Asking for one more would wait for ever.
+    """
+    at_start = REGISTERS // (128 * (warpgroups + 1)) // 8 * 8
+    left = at_start * (warpgroups + 1) - PRODUCER_REGISTERS
+    return min(256, left // warpgroups // 8 * 8)
 
 
 def _padded(x: jax.Array, to: int) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -30,19 +31,21 @@ def accumulator_layout() -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
 
 
-def accumulator(columns: int) -> plgpu.ShapeDtypeStruct:
-    """float32 `[64, columns]`."""
-    return plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=accumulator_layout())
+def result(columns: int, dtype: Any = jnp.float32) -> plgpu.ShapeDtypeStruct:
+    """`[64, columns]`: float32 in `accumulator_layout()`, or float16, two a register."""
+    layout = accumulator_layout() if dtype == jnp.float32 else plgpu.Layout.WGMMA
+    return plgpu.ShapeDtypeStruct((ROWS, columns), dtype, layout=layout)
 
 
-def begin(a: Any, b: Any) -> jax.Array:
+def begin(a: Any, b: Any, dtype: Any = jnp.float32) -> jax.Array:
     """a b^T, on its way: not to be read before `arrived`.
 
     Args:
       a: e4m3 `[64, K]`: an SMEM ref of `memory.swizzled`, or an array in `Layout.WGMMA_8BIT`.
       b: SMEM ref of `memory.swizzled`, e4m3 `[N, K]`.
+      dtype: of the sums: float32 or float16, which take half of the registers.
     Returns:
-      a b^T, float32 `[64, N]` in `accumulator_layout()`.
+      a b^T, `result(N, dtype)`.
     """
     in_registers = isinstance(a, jax.Array)
     columns, depth = b.shape
@@ -51,7 +54,7 @@ def begin(a: Any, b: Any) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA_8BIT if in_registers else ref, ref),
-        return_type=accumulator(columns),
+        return_type=result(columns, dtype),
     )
     def emit(_, a, b):
         if in_registers:
@@ -69,19 +72,20 @@ def begin(a: Any, b: Any) -> jax.Array:
                 left = [asm.from_vector(register) for register in part.registers.flat]
             else:
                 left = [_advanced(a_base, step * a_step)]
-            held = _multiply(held, left, _advanced(b_base, step * b_step), columns)
+            held = _multiply(held, left, _advanced(b_base, step * b_step), columns, dtype)
         nvvm.wgmma_commit_group_sync_aligned()
-        return _fragmented(held, columns)
+        return _fragmented(held, columns, dtype)
 
     return emit(a, b)
 
 
 def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
     """Products that may be read, once at most `pending` later ones are still on their way."""
+    kinds = [result(product.shape[1], product.dtype) for product in products]
 
     @plgpu.inline_mgpu(
-        arg_types=(accumulator_layout(),) * len(products),
-        return_type=tuple(accumulator(product.shape[1]) for product in products),
+        arg_types=tuple(kind.layout for kind in kinds),
+        return_type=tuple(kinds),
     )
     def emit(_, *products):
         nvvm.wgmma_wait_group_sync_aligned(pending)
@@ -114,29 +118,34 @@ def _advanced(descriptor: Any, by: int) -> Any:
     return arith.ori(arith.extui(i64, low), high)
 
 
-def _multiply(held: list[Any], left: list[Any], right: Any, columns: int) -> list[Any]:
+def _multiply(held: list[Any], left: list[Any], right: Any, columns: int, dtype: Any) -> list[Any]:
     """One instruction: held + left right, or left right if nothing is held."""
-    count = columns // 2
+    wide = jnp.dtype(dtype).itemsize == 4
+    count = columns // 2 if wide else columns // 4
     names = iter(f"${i}" for i in range(2 * count + len(left) + 1))
-    result = "{" + ", ".join(next(names) for _ in range(count)) + "}"
+    sums = "{" + ", ".join(next(names) for _ in range(count)) + "}"
     for _ in held:
         next(names)  # the same registers
     parts = [next(names) for _ in left]
     a = "{" + ", ".join(parts) + "}" if len(parts) > 1 else parts[0]
     text = (
         f"{{ .reg .pred add; setp.ne.b32 add, {int(bool(held))}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP}.f32.e4m3.e4m3 "
-        f"{result}, {a}, {next(names)}, add, 1, 1; }}"
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP}.{'f32' if wide else 'f16'}.e4m3.e4m3 "
+        f"{sums}, {a}, {next(names)}, add, 1, 1; }}"
     )
-    constraints = ["=f"] * count + [str(i) for i in range(len(held))]
+    constraints = ["=f" if wide else "=r"] * count + [str(i) for i in range(len(held))]
     constraints += ["r"] * len(left) if len(left) > 1 else ["l"]
     constraints += ["l"]
-    f32 = ir.F32Type.get()
-    return asm.instructions(text, [f32] * count, [*held, *left, right], ",".join(constraints))
+    kind = ir.F32Type.get() if wide else asm.i32()
+    return asm.instructions(text, [kind] * count, [*held, *left, right], ",".join(constraints))
 
 
-def _fragmented(values: list[Any], columns: int) -> fa.FragmentedArray:
-    shape = ACCUMULATOR.registers_shape((ROWS, columns))
-    return fa.FragmentedArray(
-        _registers=asm.as_floats(values).reshape(shape), _layout=ACCUMULATOR, _is_signed=None
-    )
+def _fragmented(values: list[Any], columns: int, dtype: Any) -> fa.FragmentedArray:
+    if jnp.dtype(dtype).itemsize == 4:
+        layout, registers = ACCUMULATOR, asm.as_floats(values)
+    else:
+        layout = fa.WGMMA_LAYOUT
+        registers = np.empty(len(values), dtype=object)
+        registers[:] = [asm.as_vector(value, dtype) for value in values]
+    shape = layout.registers_shape((ROWS, columns))
+    return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)

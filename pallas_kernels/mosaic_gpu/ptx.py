@@ -13,7 +13,7 @@ Register = str
 Operand = str | int
 ALL_LANES = 0xFFFFFFFF
 
-_TYPES = {"r": ".b32", "d": ".b64", "p": ".pred"}
+_TYPES = {"r": ".b32", "d": ".b64", "h": ".b16", "p": ".pred"}
 
 
 class Program:
@@ -31,7 +31,7 @@ class Program:
         return "\n".join(["{", *registers, *self._lines, "}"])
 
     def new(self, kind: str = "r") -> Register:
-        """A register nobody has yet: "r" for 32 bits, "d" for 64, "p" for a condition."""
+        """A register nobody has yet: "r" of 32 bits, "d" of 64, "h" of 16, "p" for a condition."""
         self._counts[kind] += 1
         return f"{kind}{self._counts[kind]}"
 

@@ -24,7 +24,6 @@ from sdq.formats import Format
 
 MX_LIFT = 6  # octaves: 6 * 2^6 is the largest that e4m3 holds
 E8M0_BIAS = 127
-THREADS_OF_A_ROW = 4  # that decode it
 
 
 def misfit(fmt: Format) -> str | None:
@@ -65,24 +64,3 @@ def look_up_table(fmt: Format, dtype: Any = jnp.float8_e4m3fn) -> np.ndarray:
         table = (steps[:, None] * e2m1.VALUES).astype(ml_dtypes.float8_e4m3fn)
     bytes_ = table.astype(dtype).view(np.uint8).reshape(256, 8, -1).swapaxes(1, 2)
     return np.ascontiguousarray(bytes_).reshape(-1).view(np.uint32)
-
-
-def copies_of(halves: int, dtype: Any) -> int:
-    """Of the table in shared memory, so that threads that read at once never want the same bank.
-
-    Memory serves 128 bytes at once, so many entries: those of different rows and blocks need a copy
-    each, while threads that share a block share an entry. Measured (docs/kernels.md): with one copy
-    the memory, not the tensor cores, limits a product.
-
-    Args:
-      halves: blocks that the four threads of a row read at once.
-      dtype: of the numbers.
-    """
-    rows_at_once = 128 // THREADS_OF_A_ROW // (8 * jnp.dtype(dtype).itemsize)
-    return rows_at_once * halves
-
-
-def spread_table(fmt: Format, halves: int, dtype: Any) -> np.ndarray:
-    """`look_up_table` with each entry's copies side by side, uint32 `[-1, 128]`."""
-    entries = look_up_table(fmt, dtype).reshape(256, 1, -1)
-    return np.repeat(entries, copies_of(halves, dtype), axis=1).reshape(-1, 128)

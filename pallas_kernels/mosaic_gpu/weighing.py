@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels.mosaic_gpu import registers as asm
 from pallas_kernels.mosaic_gpu import softmax
-from pallas_kernels.mosaic_gpu.products import ACCUMULATOR, ROWS, accumulator, accumulator_layout
+from pallas_kernels.mosaic_gpu.products import ACCUMULATOR, ROWS, accumulator_layout, result
 from pallas_kernels.mosaic_gpu.ptx import Program
 
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -23,39 +23,43 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 def weigh(
     scores: jax.Array, seen: jax.Array, before: jax.Array, slope: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Codes of a tile's weights, not yet joined; seen, reference and decay of each row.
+    """Codes of a tile's weights, not yet joined; what was seen, offset and decay of each row.
 
-    Codes are bits, two keys in a number: `[64, keys / 2]`.
+    Scores and codes are float16 `[64, keys]` in `Layout.WGMMA`.
     """
     per_row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=BY_ROW)
 
     @plgpu.inline_mgpu(
-        arg_types=(accumulator_layout(), BY_ROW, BY_ROW, BY_ROW),
-        return_type=(accumulator(scores.shape[1] // 2), per_row, per_row, per_row),
+        arg_types=(plgpu.Layout.WGMMA, BY_ROW, BY_ROW, BY_ROW),
+        return_type=(result(scores.shape[1], jnp.float16), per_row, per_row, per_row),
     )
     def emit(_, scores, seen, before, slope):
-        values = [asm.scalar(register) for register in scores.registers.flat]
-        rows = [[asm.scalar(part) for part in of.registers.flat] for of in (seen, before, slope)]
-        mine = [[i for i in range(len(values)) if i // 2 % 2 == row] for row in range(2)]
+        values = [asm.from_vector(register) for register in scores.registers.flat]
+        states = [[asm.scalar(part) for part in of.registers.flat] for of in (seen, before, slope)]
 
         def both_rows(p: Program, given: Sequence[str]) -> list[str]:
-            states, scores = given[:6], given[6:]
-            found, pairs = [], []
-            for row in range(2):
-                of_row = [scores[i] for i in mine[row]]
-                highest = softmax.largest(p, of_row)
-                found.append(softmax.reference(p, highest, *states[row::2]))
-                pairs.append(softmax.weigh(p, of_row, found[row][1], states[4 + row]))
-            alternating = [pair for both in zip(*pairs, strict=True) for pair in both]
+            pairs, states = given[: len(values)], given[len(values) :]
+            rows = pairs[0::2], pairs[1::2]
+            highest = softmax.largest(p, rows)
+            found, codes = [], []
+            for row, mine in enumerate(rows):
+                seen, before, slope = states[row::2]
+                one = softmax.half(p, highest, row)
+                seen, offset, pair, decay = softmax.reference(p, one, seen, before, slope)
+                found.append((seen, offset, decay))
+                codes.append(softmax.weigh(p, mine, pair, softmax.twice(p, slope, "rn")))
+            alternating = [code for both in zip(*codes, strict=True) for code in both]
             softmax.insist(p, alternating)
-            return [value for both in zip(*found, strict=True) for value in both] + alternating
+            return alternating + [value for both in zip(*found, strict=True) for value in both]
 
-        given = [value for row in rows for value in row] + values
-        found = _run(both_rows, given, 6 + len(values) // 2)
-        like, columns = seen.registers.shape, scores.shape[1] // 2
+        given = values + [value for of in states for value in of]
+        kinds = [asm.i32()] * len(values) + [ir.F32Type.get()] * 6
+        found = _run(both_rows, given, kinds)
+        codes, states = found[: len(values)], found[len(values) :]
+        like = seen.registers.shape
         return (
-            _array(found[6:], ACCUMULATOR.registers_shape((ROWS, columns)), ACCUMULATOR),
-            *(_array(found[i : i + 2], like, seen.layout) for i in (0, 2, 4)),
+            _pairs(codes, scores.registers.shape),
+            *(_array(states[i : i + 2], like, seen.layout) for i in (0, 2, 4)),
         )
 
     return emit(scores, seen, before, slope)
@@ -63,21 +67,21 @@ def weigh(
 
 def join(codes: jax.Array) -> jax.Array:
     """Codes as e4m3 numbers, the left operand of a product; keys `in_order`."""
-    keys = 2 * codes.shape[1]
+    keys = codes.shape[1]
 
     @plgpu.inline_mgpu(
-        arg_types=(accumulator_layout(),),
+        arg_types=(plgpu.Layout.WGMMA,),
         return_type=plgpu.ShapeDtypeStruct(
             (ROWS, keys), jnp.float8_e4m3fn, layout=plgpu.Layout.WGMMA_8BIT
         ),
     )
     def emit(_, codes):
-        held = np.array([asm.scalar(r) for r in codes.registers.flat], dtype=object)
+        held = np.array([asm.from_vector(r) for r in codes.registers.flat], dtype=object)
         held = held.reshape(keys // 16, 2, 2)  # 16 keys, 8 of them, row
         out = np.empty((keys // 16, 2), dtype=object)
         for part, row in np.ndindex(out.shape):
-            both = [utils.bitcast(value, asm.i32()) for value in held[part, :, row]]
-            (joined,) = _run(lambda p, given: [softmax.join(p, given)], both, 1)
+            both = list(held[part, :, row])
+            (joined,) = _run(lambda p, given: [softmax.join(p, given)], both, [asm.i32()])
             out[part, row] = asm.as_vector(joined, jnp.float8_e4m3fn)
         shape = fa.WGMMA_LAYOUT_8BIT.registers_shape((ROWS, keys))
         return fa.FragmentedArray(
@@ -91,7 +95,7 @@ def add(totals: jax.Array, keep: jax.Array, product: jax.Array) -> jax.Array:
     """Totals keep + product."""
     layout = accumulator_layout()
 
-    @plgpu.inline_mgpu(arg_types=(layout, BY_ROW, layout), return_type=accumulator(totals.shape[1]))
+    @plgpu.inline_mgpu(arg_types=(layout, BY_ROW, layout), return_type=result(totals.shape[1]))
     def emit(_, totals, keep, product):
         factors = [asm.scalar(part) for part in keep.registers.flat]
         pairs = zip(totals.registers.flat, product.registers.flat, strict=True)
@@ -130,22 +134,31 @@ def divide(totals: jax.Array, width: int) -> jax.Array:
 
 
 def _run(
-    write: Callable[[Program, Sequence[str]], list[str]], given: list[Any], count: int
+    write: Callable[[Program, Sequence[str]], list[str]], given: list[Any], kinds: list[Any]
 ) -> list[Any]:
-    """A program on registers: `write` gets the names of those given and returns `count` results."""
+    """A program on registers: `write` gets the names of those given, returns one of each kind."""
     p = Program()
-    found = write(p, [p.copy(f"${count + i}") for i in range(len(given))])
+    found = write(p, [p.copy(f"${len(kinds) + i}") for i in range(len(given))])
     for number, register in enumerate(found):
         p.emit("mov.b32", f"${number}", register)
-    kinds = ["r" if value.type == asm.i32() else "f" for value in given]
-    kind = kinds[-1]
-    result = given[-1].type
-    constraints = ",".join([f"={kind}"] * count + kinds)
-    return asm.instructions(p.text(), [result] * count, given, constraints)
+
+    def letter(kind: Any) -> str:
+        return "r" if kind == asm.i32() else "f"
+
+    constraints = [f"={letter(kind)}" for kind in kinds]
+    constraints += [letter(value.type) for value in given]
+    return asm.instructions(p.text(), kinds, given, ",".join(constraints))
 
 
 def _constant(value: float) -> Any:
     return utils.c(value, ir.F32Type.get())
+
+
+def _pairs(registers: list[Any], shape: tuple[int, ...]) -> fa.FragmentedArray:
+    held = np.array([asm.as_vector(register, jnp.float16) for register in registers], dtype=object)
+    return fa.FragmentedArray(
+        _registers=held.reshape(shape), _layout=fa.WGMMA_LAYOUT, _is_signed=None
+    )
 
 
 def _array(values: list[Any], shape: tuple[int, ...], layout: Any) -> fa.FragmentedArray:

@@ -132,7 +132,7 @@ class Machine:
             self.exchange(kind[0], operands, lanes)
         else:
             constants = any(isinstance(operand, int) for operand in operands)
-            assert not ("bf16x2" in name and constants), f"{name} takes no constants"
+            assert not ("f16x2" in name and constants), f"{name} takes no constants"
             values = [self.value(operand, lanes) for operand in operands[1:]]
             self.put(operands[0], lanes, OPERATIONS[name](*values))
 
@@ -226,7 +226,7 @@ def _permute(low, high, selector):
 
 
 def _by_halves(function):
-    """An operation on bf16 bits as one on both halves of a word."""
+    """An operation on 16 bits as one on both halves of a word."""
 
     def both(*values):
         halves = [value.astype(np.uint32)[:, None].view(np.uint16) for value in values]
@@ -241,11 +241,15 @@ def _larger_magnitude(a, b):
     return (magnitude | ((a ^ b) & 0x8000)).astype(np.uint16)
 
 
-def _multiply_add(a, b, c):
-    a, b, c = (bits.view(ml_dtypes.bfloat16).astype(np.float64) for bits in (a, b, c))
-    with np.errstate(all="ignore"):
-        total = a * b + c  # the product is exact, and so is every sum near a tie
-        return total.astype(ml_dtypes.bfloat16).view(np.uint16)
+def _on_halves(dtype, function):
+    """An operation on both halves; of three, products are exact, and so is every sum near a tie."""
+
+    def bits(*values):
+        with np.errstate(all="ignore"):
+            result = function(*(value.view(dtype).astype(np.float64) for value in values))
+            return result.astype(dtype).view(np.uint16)
+
+    return _by_halves(bits)
 
 
 def _on_reals(function):
@@ -257,6 +261,19 @@ def _on_reals(function):
             return np.float32(function(*reals)).view(np.uint32).astype(np.uint64)
 
     return bits
+
+
+def _half(bits):
+    return bits.astype(np.uint16).view(np.float16)
+
+
+def _to_half(bits, down):
+    real = bits.astype(np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        near = real.astype(np.float16)
+        if down:
+            near = np.where(near > real, np.nextafter(near, np.float16(-np.inf)), near)
+    return near.view(np.uint16).astype(np.uint64)
 
 
 def _pair_of_reals(high, low):
@@ -307,14 +324,21 @@ OPERATIONS = {
     "sub.rn.f32": _on_reals(np.subtract),
     "mul.rn.f32": _on_reals(np.multiply),
     "fma.rn.f32": _on_reals(lambda a, b, c: a * b + c),
-    "fma.rn.sat.f32": _on_reals(lambda a, b, c: np.nan_to_num(np.clip(a * b + c, 0, 1))),
     "max.NaN.f32": _on_reals(np.maximum),
-    "neg.f32": _on_reals(np.negative),
-    "rcp.approx.ftz.f32": _on_reals(lambda a: 1 / a),
     "ex2.approx.ftz.f32": _on_reals(np.exp2),
     "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),
     "cvt.rn.bf16x2.f32": _pair_of_reals,
     "dp2a.lo.u32.u32": _on_words(_half_times),
     "max.NaN.xorsign.abs.bf16x2": _by_halves(_larger_magnitude),
-    "fma.rn.bf16x2": _by_halves(_multiply_add),
+    "fma.rn.bf16x2": _on_halves(ml_dtypes.bfloat16, lambda a, b, c: a * b + c),
+    "fma.rn.sat.f16x2": _on_halves(
+        np.float16, lambda a, b, c: np.nan_to_num(np.clip(a * b + c, 0, 1))
+    ),
+    "add.rn.f16x2": _on_halves(np.float16, np.add),
+    "max.NaN.f16x2": _on_halves(np.float16, np.maximum),
+    "cvt.u16.u32": lambda a: a & np.uint64(0xFFFF),
+    "cvt.u32.u16": lambda a: a & np.uint64(0xFFFF),
+    "cvt.f32.f16": lambda a: _half(a).astype(np.float32).view(np.uint32).astype(np.uint64),
+    "cvt.rn.f16.f32": lambda a: _to_half(a, down=False),
+    "cvt.rm.f16.f32": lambda a: _to_half(a, down=True),
 }

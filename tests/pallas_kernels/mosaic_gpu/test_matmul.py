@@ -30,7 +30,7 @@ SMALL = Config(tile_m=64, stages=2)
         (100, 200, 288, "sdq32:16", SMALL),  # no size a multiple of its tile
         (40, 64, 32, "dialectfp4:32", Config(tile_m=64, stages=2, warpgroups=1)),  # less than one
         (70, 72, 640, "sdq32:16", Config(tile_m=64, stages=2, promote=2)),  # 2 + 2 + 1 tiles of K
-        (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1, parts=2)),
+        (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1)),
         (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
@@ -95,7 +95,8 @@ def reports(tmp_path_factory):
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
 def test_compiled_for_a_hopper_gpu(reports):
     for name, report in reports.items():
-        assert report.spilled == 0, name
+        # Of the accurate mode some counters, outside of the loop that multiplies.
+        assert report.spilled <= (32 if name == "accurate" else 0), name
         assert not report.serialized, name
         assert report.shared_memory <= SHARED_MEMORY, name
         if report.instructions:
@@ -106,8 +107,6 @@ def test_compiled_for_a_hopper_gpu(reports):
 def test_bad_configurations_say_so():
     with pytest.raises(ValueError, match="tile_m: expected a multiple of 16 up to 256, got 100"):
         Config(tile_m=100)
-    with pytest.raises(ValueError, match="parts: 2 need promote = 1"):
-        Config(parts=2)
     with pytest.raises(ValueError, match=r"stages: expected in \[2, 16\], got 1"):
         Config(stages=1)
 
