@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.mosaic_gpu import attention_plain
 from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
 from sdq import formats
 from sdq.rotate import hadamard, largest_group
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference")  # the first that fits is taken
+IMPLEMENTATIONS = ("mosaic_gpu", "reference", "plain")  # the first that fits is taken
 WIDTHS = (64, 128)  # of a head, that mosaic_gpu knows
 KEYS_AT_ONCE = 512  # whose scores the reference holds
 
@@ -30,8 +31,9 @@ def quantized_attention(
 ) -> jax.Array:
     """softmax(scale q k^T) v, with the operands of both products rounded.
 
-    Queries and keys are rounded in blocks along the width, values in blocks along the keys; weights
-    are rounded to e4m3 by "mosaic_gpu" and kept in float32 by "reference".
+    Queries and keys are rounded in blocks along the width, values in blocks along the keys. Weights
+    are kept in float32 by "reference" and rounded to e4m3 by "mosaic_gpu", and by "plain", which is
+    the same arithmetic in plain jnp and runs anywhere.
 
     Args:
       q: `[B, S, H, D]`.
@@ -62,15 +64,19 @@ def quantized_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         return _reference(*operands, counts, scale).astype(q.dtype)
-    from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+    laid_out = arranged(*operands, counts, scale)
+    if chosen == "plain":
+        y = attention_plain.attend(laid_out, heads=q.shape[2], out_dtype=q.dtype)
+    else:
+        from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
 
-    y = attend(
-        *arranged(*operands, counts, scale),
-        heads=q.shape[2],
-        config=AttentionConfig(),
-        out_dtype=q.dtype,
-        num_sms=device.current().cores,
-    )
+        y = attend(
+            *laid_out,
+            heads=q.shape[2],
+            config=AttentionConfig(),
+            out_dtype=q.dtype,
+            num_sms=device.current().cores,
+        )
     return y[:, : q.shape[1]]
 
 
@@ -79,7 +85,7 @@ def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | 
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
-    if implementation == "reference":
+    if implementation != "mosaic_gpu":
         return None
     if reason := device.without_mosaic_gpu():
         return reason

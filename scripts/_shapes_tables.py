@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from models.common.full_path import FullPath
 from models.common.quantizer import SiteRule
 from models.common.recipes import INPUTS, RECIPES, Recipe, rounding
 from sdq import format_table
@@ -98,7 +99,7 @@ RECIPE_TABLE = Table(
     title="The shapes model under every recipe",
     text="Recipes as `sdq recipes` lists them. " + COMMON + " Extra work: matrix products that "
     f"decomposition adds, of those of the blocks' linears. {_gained('nvfp4')}",
-    groups={"": tuple(RECIPES.values())},
+    groups={"": tuple(recipe for recipe in RECIPES.values() if recipe.attention is None)},
     columns=("recipe", "weights", "activations", "extra work %", *MEASURED, *COMPARED),
     seeds=3,
     against=RECIPES["nvfp4"],
@@ -186,7 +187,10 @@ ABLATION = Table(
             _full(words, refresh_every=every)
             for every, words in ((2, "every 2 steps"), (12, "every 12 steps"), (0, "once"))
         ),
-        "Attention too": (_full("full path", attention=SDQ),),
+        "Attention too": (
+            RECIPES["full_path"],
+            _full("4-bit attention", attention=FullPath(fmt_qk=SDQ, fmt_pv=SDQ)),
+        ),
     },
     columns=("recipe", "extra work %", "inconsistency %", *MEASURED, *COMPARED),
     seeds=3,

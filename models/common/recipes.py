@@ -17,10 +17,11 @@ from typing import Any
 
 import rich.table
 
+from models.common.full_path import FullPath
 from models.common.quantizer import InputQuantizer, Quantizer, SiteRule, misfits
 from models.common.scan import SHARES
 from models.common.semantic import SALIENCY, Decomposition, Layers, SemanticDialect, Sharing
-from sdq import Rule, formats, resolve
+from sdq import Rule, resolve
 from sdq.rules import Plan
 
 KEEP = "bf16"  # the name of "not quantised"
@@ -46,7 +47,7 @@ class Recipe:
       salient: which share of the tokens is decomposed, one of `scan.SHARES`; None: what pays most.
       saliency: by which tokens are salient, one of `semantic.SALIENCY`.
       refresh_every: steps between two looks at the attention; 0 looks at the first alone.
-      attention: format of queries, keys, probabilities and values ("full path"), or None.
+      attention: how its operands are rounded, or None for not at all.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Recipe:
     salient: float | None = None
     saliency: str = SALIENCY[0]
     refresh_every: int = 6
-    attention: str | None = None
+    attention: FullPath | None = None
 
     def __post_init__(self):
         if not self.extra_work >= 0:
@@ -71,8 +72,6 @@ class Recipe:
             raise ValueError(
                 f"salient: expected one of {', '.join(map(str, SHARES))}, got {self.salient}"
             )
-        if self.attention is not None:
-            formats.parse(self.attention)
 
     def __str__(self) -> str:
         return self.name
@@ -205,20 +204,27 @@ def _words(names: Iterable[str | None]) -> str:
 
 
 _SDQ, _INT = "sdq32:16", "int4:32"  # both 4.5 bits an element
+_SEMANTIC = rounding(
+    _SDQ,
+    _SDQ,
+    name="semanticdialect",
+    summary="mixed formats, smoothing, error feedback, decomposition, shared books",
+    smooth=0.5,
+    feedback=True,
+    extra_work=0.12,
+    sharing=Sharing(),
+)
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         rounding(_SDQ, _SDQ, name="plain", summary="mixed formats, rounded once, nothing else"),
-        rounding(
-            _SDQ,
-            _SDQ,
-            name="semanticdialect",
-            summary="mixed formats, smoothing, error feedback, decomposition, shared books",
-            smooth=0.5,
-            feedback=True,
-            extra_work=0.12,
-            sharing=Sharing(),
+        _SEMANTIC,
+        dataclasses.replace(
+            _SEMANTIC,
+            name="full_path",
+            summary="semanticdialect; attention multiplies fp8 numbers",
+            attention=FullPath(),
         ),
         rounding(
             "dialectfp4:16",

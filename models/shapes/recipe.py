@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from models.common import kernels, recipes
-from models.common.attention import QuantizedAttention
 from models.common.layers import Ops
 from models.common.progress import step_bar
 from models.common.recipes import Recipe
@@ -75,7 +74,7 @@ def apply(
     )
     ops = Ops(quantizer=quantizer)
     if recipe.attention is not None:
-        ops = dataclasses.replace(ops, attention=QuantizedAttention(recipe.attention))
+        ops = dataclasses.replace(ops, attention=recipe.attention)
     return quantised, dataclasses.replace(settings, ops=ops)
 
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, products_plain, weighing
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
+from pallas_kernels.mosaic_gpu.attention_plain import FAR
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 
@@ -30,7 +31,6 @@ ROWS = 64  # queries of a warpgroup
 GROUPS = 2  # warpgroups that compute
 PRODUCER_REGISTERS = 24
 REGISTERS = 240
-FAR = 1e30  # above a score that nobody has seen yet, in either state of a row
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,42 @@
-"""What `weighing.py` means, in plain jnp; stands in for it where a kernel is interpreted."""
+"""What `weighing.py` means, in plain jnp; stands in for it where a kernel is interpreted.
+
+And what the whole kernel computes, for machines that cannot run it.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.attention_operands import in_order
+from pallas_kernels.mosaic_gpu.attention_operands import KEYS, Operands, in_order
 from pallas_kernels.mosaic_gpu.softmax import CODES, OCTAVES, REACH, TOP
+
+FAR = 1e30  # above a score that nobody has seen yet, in either state of a row
+
+
+def attend(operands: Operands, *, heads: int, out_dtype: Any) -> jax.Array:
+    """As `attention.attend`, but for the order of sums; any width."""
+    q, slope, k, v, v_scale = operands
+    rows, length, width = q.shape
+    q, slope = q[:, : slope.shape[1]], slope[:, :length]
+    keys = jnp.moveaxis(k.reshape(rows, -1, KEYS, width), 1, 0)
+    values = jnp.moveaxis(v.reshape(rows, v.shape[1], -1, KEYS), 2, 0)
+
+    def step(state, tile):
+        totals, seen, offset = state
+        keys, values = (part.astype(jnp.float32) for part in tile)
+        scores = jnp.einsum("nsd,nld->nsl", q.astype(jnp.float32), keys).astype(jnp.float16)
+        codes, seen, offset, keep = jax.vmap(weigh)(scores, seen, offset, slope)
+        weights = join(codes).astype(jnp.float32)
+        product = jnp.einsum("nsl,ndl->nsd", weights, values)
+        return (jax.vmap(add)(totals, keep, product), seen, offset), None
+
+    far = jnp.full((rows, length), FAR)
+    state = jnp.zeros((rows, length, v.shape[1])), -far, far
+    (totals, _, _), _ = jax.lax.scan(step, state, (keys, values))
+    y = jax.vmap(divide, in_axes=(0, None))(totals, width) * v_scale[:, None]
+    y = y.reshape(-1, heads, length, width).astype(out_dtype)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def weigh(

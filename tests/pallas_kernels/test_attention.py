@@ -43,6 +43,21 @@ def test_the_reference_is_attention_of_the_rounded_numbers(operands, formats):
     assert relative(y, exact(*rounded(*operands, **formats))) < 1e-5
 
 
+@pytest.mark.parametrize("width", [64, 80])
+def test_plain_differs_by_the_rounding_of_weights(rng, width):
+    """Three per cent of each, not of their sum; padded and masked keys, and a query of its own."""
+    q, k, v = (jnp.asarray(rng.randn(B, n, H, width), jnp.float32) for n in (S, L, L))
+    mask = jnp.asarray(rng.rand(B, L) < 0.7)
+    v = v + 1
+    y, expected = (
+        quantized_attention(q, k, v, mask=mask, implementation=name)
+        for name in ("plain", "reference")
+    )
+    assert 1e-3 < relative(y, np.asarray(expected)) < 1e-2
+    alone = quantized_attention(q[:, 5:6], k, v, mask=mask, implementation="plain")
+    np.testing.assert_allclose(alone, y[:, 5:6], rtol=1e-6)
+
+
 def test_rounding_costs_what_the_formats_cost(operands):
     """Decibels against attention that rounds nothing; scores spread by 1."""
     q, k, v = operands
@@ -112,7 +127,7 @@ def test_a_nan_poisons_its_head_and_no_other(operands, fmt):
             {"k": jnp.ones((B, 0, H, D)), "v": jnp.ones((B, 0, H, D))},
             "k: expected at least one key",
         ),
-        ({"implementation": "flash"}, "expected one of mosaic_gpu, reference, got 'flash'"),
+        ({"implementation": "flash"}, "expected one of mosaic_gpu, reference, plain, got 'flash'"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu cannot do this: needs"),
     ],
 )

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from models.common import attention as module
-from models.common.attention import QuantizedAttention, attention
-from sdq import fake_quantize
+from models.common.attention import attention
 
 
 def operands(rng, length, keys, dtype=jnp.float32):
@@ -60,34 +59,3 @@ def test_gradient_of_chunks_equals_that_of_the_whole(rng, monkeypatch):
 def test_unknown_implementation_is_refused(rng):
     with pytest.raises(ValueError, match="implementation: expected one of cudnn, chunked"):
         attention(*operands(rng, 4, 4), implementation="flash")
-
-
-@pytest.mark.parametrize("at_once", [2**24, 1], ids=["whole", "one"])
-@pytest.mark.parametrize("fmt, select", [("sdq32:16", "two_stage"), ("int8", None)])
-def test_the_full_path_rounds_all_four_operands(rng, monkeypatch, fmt, select, at_once):
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
-    q, k, v = operands(rng, 33, 40)
-
-    def rounded(x, axis=-1):
-        x = fake_quantize(jnp.asarray(x, jnp.float32), fmt, axis=axis, select=select)
-        return np.asarray(x, np.float64)
-
-    scores = np.einsum("bqhd,bkhd->bhqk", rounded(q), rounded(k)) / np.sqrt(8)
-    weights = rounded(np.exp(scores - scores.max(axis=-1, keepdims=True)))
-    out = np.einsum("bhqk,bkhd->bqhd", weights, rounded(v, axis=1))
-    expected = out / np.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]
-    got = np.asarray(QuantizedAttention(fmt)(q, k, v))
-    # A weight on the edge between two codes may fall to either side in float32.
-    assert np.mean(np.abs(got - expected) < 1e-5) > 0.98
-    assert np.abs(got - expected).max() < 0.05
-
-
-def test_the_full_path_of_constant_values_is_those_values(rng):
-    q, k, v = operands(rng, 9, 20)
-    out = QuantizedAttention("sdq32:16")(q, k, jnp.full_like(v, 1.5))
-    np.testing.assert_allclose(out, 1.5, rtol=1e-6)
-
-
-def test_an_unknown_format_is_refused_when_it_is_made():
-    with pytest.raises(ValueError, match="unknown format"):
-        QuantizedAttention("fp3")

@@ -64,7 +64,6 @@ def test_what_is_learned_online_decides_the_quantizer():
         ({"smooth": 1.5}, "smooth: expected"),
         ({"extra_work": -0.1}, "extra_work: expected"),
         ({"extra_work": float("nan")}, "extra_work: expected"),
-        ({"attention": "fp3"}, "unknown format"),
     ],
 )
 def test_impossible_recipes_are_refused(options, words):
