@@ -49,6 +49,7 @@ def test_captions_are_a_prompt_s_own_whatever_the_batch():
     assert (scenes.place[:5] != scenes.place[5:]).any()  # another seed, other scenes
 
 
+@pytest.mark.slow
 def test_scores_rank_models_by_their_error(params, capfd):
     models = {"floor": Model(reordered(params), QUICK)}
     models["plain"] = Model(*recipes.apply(params, named("plain"), QUICK))

@@ -81,12 +81,9 @@ def reports(tmp_path_factory):
         "accurate": shape | {"mode": "accurate"},
         "ragged": {"m": 1001, "n": 1001, "k": 1568, "format": "sdq32:32"},
         "gelu": shape | {"activation": "gelu"},
-        "cluster": shape | {"cluster": 2},
         "float32": shape | {"out_dtype": "float32"},
         "few rows": {"m": 40, "n": 5120, "k": 5120},
-        "one row": {"m": 1, "n": 5120, "k": 5120, "mode": "accurate"},
         "bf16": shape | {"mode": BF16},
-        "bf16, few rows": {"m": 40, "n": 5120, "k": 5120, "mode": BF16},
     }
     folder = tmp_path_factory.mktemp("dumps")
     return dict(zip(cases, deviceless.compiled(folder, list(cases.values())), strict=True))
