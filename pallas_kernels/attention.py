@@ -52,7 +52,7 @@ def quantized_attention(
     Raises:
       ValueError: operands that no implementation takes, or that the one asked for does not.
     """
-    _check(q, k, v, fmt_qk, fmt_pv, mask)
+    _check(q, k, v, fmt_qk, fmt_pv, mask, scale)
     chosen = _chosen(implementation, q)
     counts = jnp.ones(k.shape[:2], bool) if mask is None else mask
     k = _centered(k, counts) if center else k
@@ -94,14 +94,14 @@ def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | 
     return None
 
 
-def chosen_for(q: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """The implementation that is taken unless another is asked for."""
-    return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
+def rounding_weights_too(q: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """The implementation to ask for so that every machine computes the same: kernel or "plain"."""
+    return "mosaic_gpu" if supports("mosaic_gpu", q) is None else "plain"
 
 
 def _chosen(implementation: str | None, q: jax.Array) -> str:
     if implementation is None:
-        return chosen_for(q)
+        return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
     if reason := supports(implementation, q):
         raise ValueError(f"quantized_attention: {implementation} cannot do this: {reason}")
     return implementation
@@ -158,6 +158,7 @@ def _check(
     fmt_qk: str | None,
     fmt_pv: str | None,
     mask: jax.Array | None,
+    scale: float | None,
 ) -> None:
     if q.ndim != 4:
         raise ValueError(f"q: expected [B, S, H, D], got {list(q.shape)}")
@@ -167,6 +168,8 @@ def _check(
             raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
     if not k.shape[1]:
         raise ValueError("k: expected at least one key")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected more than 0, got {scale}")
     for name, fmt in (("fmt_qk", fmt_qk), ("fmt_pv", fmt_pv)):
         if fmt is not None and formats.parse(fmt).family != "dialect":
             raise ValueError(f"{name}: expected a dialect format or None, got {fmt!r}")

@@ -22,7 +22,7 @@ from models.shapes.generate import Settings, generate, start
 from models.shapes.params import load
 from models.shapes.world import VIDEO, caption_tokens, sample_scene
 from pallas_kernels import quantized_attention
-from pallas_kernels.attention import chosen_for
+from pallas_kernels.attention import rounding_weights_too
 from scripts import _results as results
 from sdq import sqnr_db
 
@@ -58,8 +58,9 @@ def decibels(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """SQNR of every way, `[ways, B]`."""
     exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="chunked")
     found = []
+    by = {"implementation": rounding_weights_too(q)}
     for options in WAYS.values():
-        y = quantized_attention(q, k, v, **({"fmt_qk": SDQ, "fmt_pv": SDQ} | options))
+        y = quantized_attention(q, k, v, **({"fmt_qk": SDQ, "fmt_pv": SDQ} | options | by))
         found.append(jax.vmap(sqnr_db)(exact, y.astype(jnp.float32)))
     return jnp.stack(found)
 
@@ -106,7 +107,7 @@ def to_markdown(found: dict[str, np.ndarray], where: dict[str, str]) -> str:
         "prompts; worst: of a block and step. `"
         + SDQ
         + "` unless said; fp8: e4m3 with an exponent "
-        "a query, head or channel.",
+        "a query, head or channel. Weights are e4m3 throughout.",
         *lines,
     )
 
@@ -119,7 +120,7 @@ def main() -> None:
     if args.prompts < 2:
         parser.error(f"--prompts: expected at least 2, got {args.prompts}")
     q = jax.ShapeDtypeStruct((1, 1, 1, 128), jnp.bfloat16)
-    by = chosen_for(q)
+    by = rounding_weights_too(q)
     where = results.environment("make_attention_table", prompts=str(args.prompts), by=by)
     found = {"shapes": of_shapes(args.prompts), "long tails": long_tails(args.prompts)}
     page = to_markdown(found, where)

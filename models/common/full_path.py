@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 
-from pallas_kernels import attention, quantized_attention
+from pallas_kernels import quantized_attention
+from pallas_kernels.attention import rounding_weights_too
 from sdq import formats
 
 
@@ -30,7 +31,6 @@ class FullPath:
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """As `models.common.attention.attention`."""
-        on_kernel = attention.supports("mosaic_gpu", q) is None
         return quantized_attention(
             q,
             k,
@@ -38,5 +38,5 @@ class FullPath:
             fmt_qk=self.fmt_qk,
             fmt_pv=self.fmt_pv,
             rotate=self.rotate,
-            implementation="mosaic_gpu" if on_kernel else "plain",
+            implementation=rounding_weights_too(q),
         )

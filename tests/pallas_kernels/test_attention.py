@@ -127,6 +127,7 @@ def test_a_nan_poisons_its_head_and_no_other(operands, fmt):
             {"k": jnp.ones((B, 0, H, D)), "v": jnp.ones((B, 0, H, D))},
             "k: expected at least one key",
         ),
+        ({"scale": -1.0}, "scale: expected more than 0, got -1.0"),
         ({"implementation": "flash"}, "expected one of mosaic_gpu, reference, plain, got 'flash'"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu cannot do this: needs"),
     ],
