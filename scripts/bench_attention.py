@@ -118,10 +118,8 @@ def pallas_attention(tokens: int, heads: int) -> Callable[[], Any]:
 
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
     filled = -(-tokens // 128) * 128
-    x = [jnp.ones((1, filled, heads, WIDTH), jnp.float16)] * 3
-    return functools.partial(
-        jax.jit(functools.partial(attention_mgpu.attention, config=config)), *x
-    )
+    run = jax.jit(functools.partial(attention_mgpu.attention, config=config))
+    return functools.partial(run, *(x.astype(jnp.float16) for x in operands(filled, heads)))
 
 
 def torch_attention(tokens: int, heads: int) -> Callable[[], Any]:

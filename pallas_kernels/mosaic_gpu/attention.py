@@ -23,9 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, products_plain, weighing
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
-from pallas_kernels.mosaic_gpu.attention_plain import FAR
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
+from pallas_kernels.mosaic_gpu.softmax import FAR
 
 ROWS = 64  # queries of a warpgroup
 GROUPS = 2  # warpgroups that compute

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, Operands, in_order
-from pallas_kernels.mosaic_gpu.softmax import CODES, OCTAVES, REACH, TOP
-
-FAR = 1e30  # above a score that nobody has seen yet, in either state of a row
+from pallas_kernels.mosaic_gpu.softmax import CODES, FAR, OCTAVES, REACH, TOP
 
 
 def attend(operands: Operands, *, heads: int, out_dtype: Any) -> jax.Array:

@@ -21,6 +21,7 @@ TOP = 125  # the code of the largest weight, 416: 127 is NaN
 CODES = 128  # below are the codes of positive numbers
 OCTAVES = CODES // 8  # that they span
 REACH = 60  # octaves that a tile may lie below the largest so far: its sums then fit in float32
+FAR = 1e30  # before the first tile: the highest score is -FAR, the offset FAR
 ROUND = 0x48004800  # 8, twice: plus a number in [0, 1], rounded to multiples of 1 / CODES
 TOO_LARGE = 0x00800080  # bits that only codes from CODES on have
 

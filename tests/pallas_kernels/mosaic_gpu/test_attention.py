@@ -19,6 +19,22 @@ def operands(rng, queries, keys, width=128):
     return [jnp.asarray(x, jnp.float32) for x in (q, *rng.randn(2, 1, keys, H, width))]
 
 
+def on_one_block(parts, keys):
+    """All keys count; interpreted."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    return attend(
+        *arranged(*parts, jnp.ones((1, keys), bool), 128**-0.5),
+        heads=H,
+        config=AttentionConfig(stages=2),
+        out_dtype=jnp.float32,
+        num_sms=1,
+        interpret=plgpu.InterpretGPUParams(),
+    )
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 @pytest.mark.parametrize(
     "queries, keys, counted, width, config",
@@ -54,21 +70,10 @@ def test_interpreted(rng, capfd, queries, keys, counted, width, config):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 def test_a_key_far_above_all_others_is_all_there_is(rng):
     """And the tiles after it, far below, are forgotten, not flushed into it."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.mosaic_gpu.attention import attend
-
     q, k, v = operands(rng, 64, 384)
     k = k.at[:, 7].set(100 * q[:, 0])
     parts = rounded(q[:, :1].repeat(64, axis=1), k, v, None, None)
-    y = attend(
-        *arranged(*parts, jnp.ones((1, 384), bool), 128**-0.5),
-        heads=H,
-        config=AttentionConfig(stages=2),
-        out_dtype=jnp.float32,
-        num_sms=1,
-        interpret=plgpu.InterpretGPUParams(),
-    )
+    y = on_one_block(parts, 384)
     values = np.asarray(parts[2].values, np.float64) * np.asarray(parts[2].scales)
     expected = np.broadcast_to(values[:, None, :, :, 7], y.shape)
     np.testing.assert_allclose(y, expected, rtol=1e-6)
@@ -78,20 +83,9 @@ def test_a_key_far_above_all_others_is_all_there_is(rng):
 @pytest.mark.parametrize("keys", [128, 256])
 def test_a_nan_is_not_swallowed(rng, keys):
     """Of a query; of a key in the last tile, which may be the only one."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.mosaic_gpu.attention import attend
-
     q, k, v = operands(rng, 64, keys)
     parts = rounded(q.at[0, 9, 0, 5].set(jnp.nan), k.at[0, -1, 1, 3].set(jnp.nan), v, None, None)
-    y = attend(
-        *arranged(*parts, jnp.ones((1, keys), bool), 128**-0.5),
-        heads=H,
-        config=AttentionConfig(stages=2),
-        out_dtype=jnp.float32,
-        num_sms=1,
-        interpret=plgpu.InterpretGPUParams(),
-    )
+    y = on_one_block(parts, keys)
     bad = np.zeros(y.shape, bool)
     bad[0, 9, 0] = bad[0, :, 1] = True
     np.testing.assert_array_equal(np.isnan(y), bad)
