@@ -59,7 +59,7 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
         axes.grid(axis="x", alpha=0.3)
     panels[2].axvline(100 * measured[KEEP]["accuracy"]["all"]["mean"], color="C2", linestyle=":")
     panels[2].text(
-        100 * measured[KEEP]["accuracy"]["all"]["mean"], -0.8, KEEP, color="C2", ha="right"
+        100 * measured[KEEP]["accuracy"]["all"]["mean"], -0.6, f"{KEEP} ", color="C2", ha="right"
     )
     if AGAINST in measured:
         for axes, number in zip(
@@ -70,9 +70,12 @@ def plot(table: Table, measured: Mapping[str, Any], path: pathlib.Path) -> pathl
     panels[0].set_ylim(len(labels) - 0.5, -1.2)
     if below is not None:
         axes = below.subplots()
-        for name in shared:
-            means = [number["mean"] for number in measured[name]["by_distance"]]
-            style = {"color": "black", "linewidth": 2} if name == shared[0] else {"linewidth": 0.8}
+        for number, name in enumerate(shared):
+            means = [share["mean"] for share in measured[name]["by_distance"]]
+            dashes = "-" if number <= 10 else "--"  # colours come again after ten
+            style = {"linewidth": 0.8, "linestyle": dashes}
+            if number == 0:
+                style = {"linewidth": 2, "color": "black"}
             axes.plot([100 * m if m is not None else None for m in means], label=name, **style)
         axes.set_xlabel("frames of tokens between the two")
         axes.set_ylabel("inconsistency, %")

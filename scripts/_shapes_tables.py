@@ -208,10 +208,7 @@ SHARING = Table(
         "": (
             ALONE,
             FULL,
-            _shared("one book for all channels", by_block=False),
             _shared("alike by 0.65", least=0.65),
-            _shared("alike by 0.65, one book", least=0.65, by_block=False),
-            _shared("alike by 0.8", least=0.8),
         )
     },
     columns=("recipe", "inconsistency %", *MEASURED, *COMPARED),
