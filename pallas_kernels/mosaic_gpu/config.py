@@ -8,18 +8,16 @@ class Config:
     """One way to cut it.
 
     Attributes:
-      rows_n: weight rows of a warpgroup, a multiple of 64.
       tile_m: rows of x, a multiple of 16 up to 256.
       warpgroups: that multiply.
       stages: slots of the ring.
       cluster: blocks that share each tile of x, 1 or 2.
       promote: tiles of K (of 128 channels) that the tensor cores sum up before float32 registers
         take over; 0 is all. Their own sums of fp8 products keep 14 bits.
-      width: tiles along M before the next tile along N, for reuse in L2.
+      width: tiles along M before the next tile along N, for reuse in L2; a power of two.
       x_bytes: of a number of x: 1, fp8, or 2, bf16.
     """
 
-    rows_n: int = 64
     tile_m: int = 256
     warpgroups: int = 2
     stages: int = 4
@@ -29,9 +27,10 @@ class Config:
     x_bytes: int = 1
 
     def __post_init__(self):
-        for name, of, most in (("rows_n", 64, 128), ("tile_m", 16, 256)):
-            if not 0 < (value := getattr(self, name)) <= most or value % of:
-                raise ValueError(f"{name}: expected a multiple of {of} up to {most}, got {value}")
+        if not 0 < self.tile_m <= 256 or self.tile_m % 16:
+            raise ValueError(f"tile_m: expected a multiple of 16 up to 256, got {self.tile_m}")
+        if self.width < 1 or self.width & (self.width - 1):
+            raise ValueError(f"width: expected a power of two, got {self.width}")
         for name, least, most in (
             ("warpgroups", 1, 3),
             ("stages", 2, 16),
@@ -44,7 +43,7 @@ class Config:
     @property
     def tile_n(self) -> int:
         """Weight rows of a block."""
-        return self.rows_n * self.warpgroups
+        return ROWS * self.warpgroups
 
     @property
     def piece(self) -> int:
@@ -52,14 +51,24 @@ class Config:
         return next(rows for rows in (64, 32, 16) if self.tile_m % rows == 0)
 
     def shared_memory(self, out_bytes: int) -> int:
-        """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
+        """Bytes that a block needs at least; blocks of 16, results of `out_bytes` a number."""
         slot = self.tile_m * TILE_K * self.x_bytes + self.tile_n * (TILE_K // 2 + 8)
-        staging = self.warpgroups * 2 * self.piece * PIECE_N * out_bytes
-        return self.stages * slot + staging + SMALL_THINGS
+        scales = self.warpgroups * (self.tile_m + 32 + 2 * ROWS) * 4
+        return self.stages * slot + scales + SMALL_THINGS + 2 * self._pieces_bytes(out_bytes)
+
+    def pieces_at_once(self, out_bytes: int) -> int:
+        """Pieces of a result that fit into shared memory on their way out: as many as it has."""
+        left = SHARED_MEMORY - self.shared_memory(out_bytes)
+        room = 2 + left // self._pieces_bytes(out_bytes)
+        return max(2, min(room, self.tile_m // self.piece))
+
+    def _pieces_bytes(self, out_bytes: int) -> int:
+        """Of a piece of every warpgroup."""
+        return self.warpgroups * self.piece * ROWS * out_bytes
 
 
+ROWS = 64  # of the weight, of a warpgroup
 TILE_K = 128  # channels of a slot
-PIECE_N = 64  # columns of the result that leave together
 SMALL_THINGS = 6144  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 

@@ -7,7 +7,6 @@ decoded while the tensor cores work on this one.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.config import PIECE_N, TILE_K, Config
+from pallas_kernels.mosaic_gpu import products, products_plain
+from pallas_kernels.mosaic_gpu.config import ROWS, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
 from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
+from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 
 PRODUCER_REGISTERS = 24
@@ -65,11 +66,19 @@ def matmul(
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps = w.metadata.shape[0]
     halves = w.halves
-    width = config.rows_n * halves  # words of metadata of a warpgroup
+    width = ROWS * halves  # words of metadata of a warpgroup
+    parts = [  # of those of a slot: a copy is at most 256 wide
+        (at, min(256, config.warpgroups * width - at))
+        for at in range(0, config.warpgroups * width, 256)
+    ]
+    at_once = config.pieces_at_once(jnp.dtype(out_dtype).itemsize)
+    x_scales = -(-config.tile_m // 32) * 32  # copies are whole multiples of 128 bytes
+    multiply: Any = products if interpret is None else products_plain
 
     def kernel(
         x_g, xs_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
-        x_s, words_s, metadata_s, table_s, out_s, weights_s, full, free, table_ready,
+        x_s, words_s, metadata_s, table_s, xs_s, ws_s, bias_s, out_s, weights_s,
+        full, free, table_ready, scales_ready,
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
         peer = lax.axis_index("peer")
@@ -79,23 +88,16 @@ def matmul(
 
         def place(turn):
             """Of this block's turn-th tile: its first row of x and its first row of w."""
-            tile_n, tile_m = plgpu.planar_snake(
-                first + turn * blocks, (tiles_n, tiles_m), 1, config.width
-            )
+            tile_m, tile_n = snake(first + turn * blocks, tiles_m, tiles_n, config.width)
             return tile_m * config.tile_m, (tile_n * config.cluster + peer) * config.tile_n
+
+        def following(slot):
+            return jnp.where(slot + 1 == config.stages, 0, slot + 1)
 
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def fill(step, _):
-                slot = lax.rem(step, config.stages)
-                k = lax.rem(step, steps)
-                at_m, at_n = place(lax.div(step, steps))
-
-                @pl.when(step >= config.stages)
-                def wait_until_free():
-                    plgpu.barrier_wait(free.at[slot])
-
+            def fill(slot, at_m, at_n, k):
                 barrier = full.at[slot]
                 plgpu.copy_gmem_to_smem(
                     x_g.at[pl.ds(at_m, config.tile_m), pl.ds(k * TILE_K, TILE_K)],
@@ -108,20 +110,43 @@ def matmul(
                     words_s.at[slot],
                     barrier,
                 )
-                for part in range(config.warpgroups):  # a copy is at most 256 wide
-                    at = at_n * halves + part * width
+                for part, count in parts:
                     plgpu.copy_gmem_to_smem(
-                        metadata_g.at[k, pl.ds(at, width)], metadata_s.at[slot, part], barrier
+                        metadata_g.at[k, pl.ds(at_n * halves + part, count)],
+                        metadata_s.at[slot, pl.ds(part, count)],
+                        barrier,
                     )
 
-            total = own * steps
-            lax.fori_loop(0, total + 1, fill, None)  # the last is decoded, never multiplied
+            def tile(turn, slot):
+                at_m, at_n = place(turn)
+
+                def step(k, slot):
+                    @pl.when(turn * steps + k >= config.stages)
+                    def wait_until_free():
+                        plgpu.barrier_wait(free.at[slot])
+
+                    fill(slot, at_m, at_n, k)
+                    return following(slot)
+
+                return lax.fori_loop(0, steps, step, slot)
+
+            slot = lax.fori_loop(0, own, tile, 0)
+
+            @pl.when(own * steps >= config.stages)
+            def wait_until_free():
+                plgpu.barrier_wait(free.at[slot])
+
+            at_m, at_n = place(own)
+            fill(slot, at_m, at_n, 0)  # the last is decoded, never multiplied
 
             # A block must not leave while its peer still signals to it.
-            def drain(step, _):
-                plgpu.barrier_wait(free.at[lax.rem(step, config.stages)])
+            def drain(_, slot):
+                plgpu.barrier_wait(free.at[slot])
+                return following(slot)
 
-            lax.fori_loop(lax.max(total + 1 - config.stages, 0), total, drain, None)
+            few = own * steps < config.stages
+            left = jnp.where(few, own * steps, config.stages - 1)
+            lax.fori_loop(0, left, drain, jnp.where(few, 0, following(slot)))
 
         def consume():
             plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
@@ -131,13 +156,12 @@ def matmul(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
-            rows = pl.ds(group * config.rows_n, config.rows_n)
+            rows = pl.ds(group * ROWS, ROWS)
 
-            def weights(step):
+            def weights(slot):
                 """Of a slot, once it is full: magnitudes and words."""
-                slot = lax.rem(step, config.stages)
                 plgpu.barrier_wait(full.at[slot])
-                metadata = metadata_s.at[slot, group]
+                metadata = metadata_s.at[slot, pl.ds(group * width, width)]
                 if interpret is not None:
                     words = words_s[slot, rows]
                     parts = words, metadata[...], table_s[...]
@@ -154,80 +178,87 @@ def matmul(
                 plgpu.commit_smem()
                 return weights_s.at[group]
 
-            def sum_slots(begin, count, held):
-                """What the tensor cores sum up: the products of slots, for all columns at once."""
+            def multiplied(slot, held, onto=None):
+                """The product of a slot, the next slot, and its weights, decoded meanwhile."""
+                product = multiply.begin(operand(held), x_s.at[slot], onto=onto)
+                then = following(slot)
+                held = weights(then)
+                (product,) = multiply.arrived(product, pending=0)
+                plgpu.barrier_arrive(free.at[slot])
+                return product, then, held
 
-                def run(acc):
-                    def step(number, held):
-                        slot = lax.rem(number, config.stages)
-                        plgpu.wgmma(acc, operand(held), x_s.at[slot].T)
-                        held = weights(number + 1)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free.at[slot])
-                        return held
+            def summed(first, last, slot, held):
+                """What the tensor cores sum up: the products of some slots of a tile."""
 
-                    held_then = lax.fori_loop(begin, begin + count, step, held)
-                    return acc[...], held_then
+                def add(_, state):
+                    product, slot, held = state
+                    return multiplied(slot, held, onto=product)
 
-                return pl.run_scoped(run, plgpu.ACC((config.rows_n, config.tile_m), jnp.float32))
+                return lax.fori_loop(first + 1, last, add, multiplied(slot, held))
 
-            def promoted(begin, held):
-                """Float32 sums of what the tensor cores sum up in each group of slots."""
-                every = config.promote
+            def promoted(slot, held):
+                """Float32 sums of what the tensor cores sum up, a few slots at a time."""
 
-                def add(first, count, state):
-                    total, held = state
-                    product, held = sum_slots(first, count, held)
-                    return total + product, held
+                def add(number, state):
+                    total, slot, held = state
+                    first = number * config.promote
+                    # The compiler must not know how many, for it would unroll, which is slower.
+                    last = lax.min(first + config.promote, steps)
+                    product, slot, held = summed(first, last, slot, held)
+                    return total + product, slot, held
 
-                zeros = jnp.zeros((config.rows_n, config.tile_m), jnp.float32)
-                state = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), held
-                state = lax.fori_loop(
-                    0, steps // every, lambda i, state: add(begin + i * every, every, state), state
-                )
-                if rest := steps % every:
-                    state = add(begin + steps - rest, rest, state)
-                return state
+                zeros = jnp.zeros((ROWS, config.tile_m), jnp.float32)
+                zeros = plgpu.layout_cast(zeros, accumulator_layout())
+                return lax.fori_loop(0, pl.cdiv(steps, config.promote), add, (zeros, slot, held))
 
-            def tile(turn, held):
-                begin = turn * steps
+            def tile(turn, state):
+                fetch_scales(turn)
                 if config.promote:
-                    total, held = promoted(begin, held)
+                    total, *state = promoted(*state)
                 else:
-                    total, held = sum_slots(begin, steps, held)
-                at_m, at_n = place(turn)
-                store(total, turn, at_m, at_n + group * config.rows_n)
-                return held
+                    total, *state = summed(0, steps, *state)
+                store(total, turn)
+                return tuple(state)
 
-            def store(total, turn, at_m, at_n):
+            def fetch_scales(turn):
+                """What `store` needs, so that it does not wait for it."""
+                at_m, at_n = place(turn)
+                for of, to, at, count in (
+                    (xs_g, xs_s, at_m, x_scales),
+                    (ws_g, ws_s, at_n + group * ROWS, ROWS),
+                    (bias_g, bias_s, at_n + group * ROWS, ROWS),
+                ):
+                    here = scales_ready.at[group]
+                    plgpu.copy_gmem_to_smem(of.at[pl.ds(at, count)], to.at[group], here)
+
+            def store(total, turn):
                 """Scale, add the bias and send a warpgroup's result out, piece by piece."""
                 by_row = plgpu.Layout.WGMMA.reduce(1)
                 by_column = plgpu.Layout.WGMMA.reduce(0)
-                pieces = list(
-                    itertools.product(
-                        range(0, config.rows_n, PIECE_N),
-                        range(0, config.tile_m, config.piece),
-                    )
-                )
-                for number, (j, i) in enumerate(pieces):
-                    piece = total[j : j + PIECE_N, i : i + config.piece]
-                    of_n = pl.ds(at_n + j, PIECE_N)
-                    of_m = pl.ds(at_m + i, config.piece)
-                    w_scale, bias = load(ws_g.at[of_n], by_row), load(bias_g.at[of_n], by_row)
-                    x_scale = load(xs_g.at[of_m], by_column)
+                total = multiply.in_pairs(total)
+                plgpu.barrier_wait(scales_ready.at[group])
+                at_m, at_n = place(turn)
+                of_n = pl.ds(at_n + group * ROWS, ROWS)
+                w_scale, bias = load(ws_s.at[group], by_row), load(bias_s.at[group], by_row)
+                pieces = config.tile_m // config.piece
+                for number in range(pieces):
+                    at = number * config.piece
+                    piece = total[:, at : at + config.piece]
+                    x_scale = load(xs_s.at[group, pl.ds(at, config.piece)], by_column)
                     shape = piece.shape
                     y = piece * lax.broadcast_in_dim(x_scale, shape, (1,))
                     y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
                     y = y + lax.broadcast_in_dim(bias, shape, (0,))
-                    slot = out_s.at[group, lax.rem(turn * len(pieces) + number, 2)]
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    slot = out_s.at[group, lax.rem(turn * pieces + number, at_once)]
+                    plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
                     slot.T[...] = plgpu.layout_cast(
                         activation(y).astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
                     )
                     plgpu.commit_smem()
+                    of_m = pl.ds(at_m + at, config.piece)
                     plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
 
-            lax.fori_loop(0, own, tile, weights(0))
+            lax.fori_loop(0, own, tile, (0, weights(0)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(group == config.warpgroups, produce, consume)
@@ -245,17 +276,21 @@ def matmul(
         scratch_types=dict[str, Any](
             x_s=ring((config.tile_m, TILE_K), x.dtype),
             words_s=ring((config.tile_n, TILE_K // 8), jnp.uint32),
-            metadata_s=plgpu.SMEM((config.stages, config.warpgroups, width), jnp.uint32),
+            metadata_s=plgpu.SMEM((config.stages, config.warpgroups * width), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
+            xs_s=plgpu.SMEM((config.warpgroups, x_scales), jnp.float32),
+            ws_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
+            bias_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
             weights_s=None
             if interpret is None
-            else plgpu.SMEM((config.warpgroups, config.rows_n, TILE_K), x.dtype),
-            out_s=swizzled((2, config.piece, PIECE_N), out_dtype, stages=config.warpgroups),
-            full=plgpu.Barrier(num_arrivals=2 + config.warpgroups, num_barriers=config.stages),
+            else plgpu.SMEM((config.warpgroups, ROWS, TILE_K), x.dtype),
+            out_s=swizzled((at_once, config.piece, ROWS), out_dtype, stages=config.warpgroups),
+            full=plgpu.Barrier(num_arrivals=2 + len(parts), num_barriers=config.stages),
             free=free_barrier(
                 readers=config.warpgroups, stages=config.stages, cluster=config.cluster
             ),
             table_ready=plgpu.Barrier(),
+            scales_ready=plgpu.Barrier(num_arrivals=3, num_barriers=config.warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
@@ -264,13 +299,31 @@ def matmul(
     )
     return call(
         x,
-        _padded(x_scale, config.tile_m),
+        _padded(x_scale, config.tile_m, x_scales - config.tile_m),
         w.words,
         w.metadata,
         table,
         _padded(w_scale, config.tile_n * config.cluster),
         _padded(bias, config.tile_n * config.cluster),
     )
+
+
+def snake(number: jax.Array, tiles_m: int, tiles_n: int, width: int) -> tuple[Any, Any]:
+    """Place of a tile: strips of `width` along M, down one along N and up the next.
+
+    As `plgpu.planar_snake`, but divides by nothing that is known only at run time: such a division
+    is a call, with which ptxas 13.5 ignores `set_max_registers` and serialises `wgmma`.
+    """
+    strip = lax.div(number, width * tiles_n)
+    inside = number - strip * (width * tiles_n)
+    # Of a power of two a shift, so that the two divisions do not become one, by a choice of two.
+    down = lax.shift_right_logical(inside, width.bit_length() - 1)
+    across = inside - down * width
+    if narrow := tiles_m % width:
+        is_last = strip == tiles_m // width
+        down = jnp.where(is_last, lax.div(inside, narrow), down)
+        across = jnp.where(is_last, lax.rem(inside, narrow), across)
+    return strip * width + across, jnp.where(strip % 2 == 0, down, tiles_n - 1 - down)
 
 
 def _registers(warpgroups: int) -> int:
@@ -283,5 +336,5 @@ def _registers(warpgroups: int) -> int:
     return min(256, left // warpgroups // 8 * 8)
 
 
-def _padded(x: jax.Array, to: int) -> jax.Array:
-    return jnp.pad(x, (0, -x.shape[0] % to))
+def _padded(x: jax.Array, to: int, more: int = 0) -> jax.Array:
+    return jnp.pad(x, (0, -x.shape[0] % to + more))

@@ -1,4 +1,4 @@
-"""Products of fp8 tiles on the tensor cores that run while a warpgroup does something else.
+"""Products of tiles on the tensor cores that run while a warpgroup does something else.
 
 `plgpu.wgmma` adds to an accumulator, so that a fresh one must be cleared first, and reading one
 waits for all. Here a product begins with its first part (`begin`), several may be on their way, and
@@ -17,10 +17,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm
 
 from pallas_kernels.mosaic_gpu import registers as asm
+from pallas_kernels.mosaic_gpu.config import ROWS
 
-ROWS = 64  # of a product
-STEP = 32  # fp8 numbers that an instruction adds up
-SWIZZLE = 128  # bytes, of rows that are as long
+STEP = 32  # bytes of each row that an instruction multiplies
+SWIZZLE = 128  # bytes, of rows that are as long, or longer
+
+KINDS = {1: "e4m3", 2: "bf16"}  # by the bytes of a number
+OPERANDS = {1: plgpu.Layout.WGMMA_8BIT, 2: plgpu.Layout.WGMMA}  # in registers
 
 ACCUMULATOR = fa.WGMMA_LAYOUT_ACC_32BIT
 
@@ -37,46 +40,50 @@ def result(columns: int, dtype: Any = jnp.float32) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((ROWS, columns), dtype, layout=layout)
 
 
-def begin(a: Any, b: Any, dtype: Any = jnp.float32) -> jax.Array:
+def begin(a: Any, b: Any, dtype: Any = jnp.float32, onto: jax.Array | None = None) -> jax.Array:
     """a b^T, on its way: not to be read before `arrived`.
 
     Args:
-      a: e4m3 `[64, K]`: an SMEM ref of `memory.swizzled`, or an array in `Layout.WGMMA_8BIT`.
-      b: SMEM ref of `memory.swizzled`, e4m3 `[N, K]`.
-      dtype: of the sums: float32 or float16, which take half of the registers.
+      a: e4m3 or bf16 `[64, K]`: an SMEM ref of `memory.swizzled`, or an array in the layout of
+        OPERANDS.
+      b: SMEM ref of `memory.swizzled`, of the same dtype, `[N, K]`.
+      dtype: of the sums: float32, or float16, which take half of the registers.
+      onto: an arrived product that this one is added to.
     Returns:
       a b^T, `result(N, dtype)`.
     """
     in_registers = isinstance(a, jax.Array)
     columns, depth = b.shape
-    swizzle = min(depth, SWIZZLE)
-    ref = plgpu.RefType((plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)))
+    bytes_ = jnp.dtype(b.dtype).itemsize
+    swizzle = min(depth * bytes_, SWIZZLE)
+    tiling = plgpu.TilingTransform((8, swizzle // bytes_))
+    ref = plgpu.RefType((tiling, plgpu.SwizzleTransform(swizzle)))
+    kind = result(columns, dtype)
+    earlier = () if onto is None else (onto,)
+    step = STEP // bytes_
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_8BIT if in_registers else ref, ref),
-        return_type=result(columns, dtype),
+        arg_types=(OPERANDS[bytes_] if in_registers else ref, ref, *(kind.layout for _ in earlier)),
+        return_type=kind,
     )
-    def emit(_, a, b):
+    def emit(_, a, b, *earlier):
         if in_registers:
             a = fa.optimization_barrier(a)
         nvvm.wgmma_fence_aligned()
-        a_base, a_step = (
-            (None, 0) if in_registers else _descriptor(a, ROWS, swizzle, is_right=False)
-        )
         b = utils.memref_transpose(b, (1, 0, 3, 2))
-        b_base, b_step = _descriptor(b, columns, swizzle, is_right=True)
-        held: list[Any] = []
-        for step in range(depth // STEP):
-            if in_registers:
-                part = a[:, step * STEP : (step + 1) * STEP]
-                left = [asm.from_vector(register) for register in part.registers.flat]
-            else:
-                left = [_advanced(a_base, step * a_step)]
-            held = _multiply(held, left, _advanced(b_base, step * b_step), columns, dtype)
+        rights = _descriptors(b, columns, depth, swizzle, is_right=True)
+        if in_registers:
+            parts = [a[:, at : at + step] for at in range(0, depth, step)]
+            lefts = [[asm.from_vector(held) for held in part.registers.flat] for part in parts]
+        else:
+            lefts = [[part] for part in _descriptors(a, ROWS, depth, swizzle, is_right=False)]
+        held = [asm.scalar(register) for sums in earlier for register in sums.registers.flat]
+        for left, right in zip(lefts, rights, strict=True):
+            held = _multiply(held, left, right, dtype, (columns, bytes_))
         nvvm.wgmma_commit_group_sync_aligned()
         return _fragmented(held, columns, dtype)
 
-    return emit(a, b)
+    return emit(a, b, *earlier)
 
 
 def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
@@ -95,18 +102,30 @@ def arrived(*products: jax.Array, pending: int) -> tuple[jax.Array, ...]:
     return emit(*products)
 
 
-def _descriptor(ref: Any, size: int, swizzle: int, *, is_right: bool) -> tuple[Any, int]:
-    """How `wgmma` finds an operand of `size` rows or columns, and bytes from step to step."""
-    group = (swizzle, size) if is_right else (size, swizzle)
-    (base, strides), _, fastest = mma_utils.create_descriptor(
-        ref,
-        swizzle=swizzle,
-        large_tile=(swizzle,) * 2 if is_right else group,
-        group_size=group,
-        logical_k_major=is_right,
+def in_pairs(sums: jax.Array) -> jax.Array:
+    """Float32 sums in the layout that Pallas knows, `plgpu.Layout.WGMMA`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(accumulator_layout(),),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
-    assert fastest == mma_utils.Dim.K and not strides[0]
-    return base, strides[1][0]
+    def emit(_, sums):
+        return sums.to_layout(fa.WGMMA_LAYOUT)
+
+    return emit(sums)
+
+
+def _descriptors(ref: Any, size: int, depth: int, swizzle: int, *, is_right: bool) -> list[Any]:
+    """How each instruction finds its part of an operand of `size` rows or columns."""
+    group = (depth, size) if is_right else (size, depth)
+    (base, (tiling, strides)), _, fastest = mma_utils.create_descriptor(
+        ref, swizzle=swizzle, group_size=group, logical_k_major=is_right
+    )
+    assert fastest == mma_utils.Dim.K
+    *far, near = strides
+    within = tiling[0] if tiling else 1 << 30  # instructions before the next `far`
+    steps = range(depth * utils.bytewidth(ir.MemRefType(ref.type).element_type) // STEP)
+    return [_advanced(base, sum(far) * (i // within) + near * (i % within)) for i in steps]
 
 
 def _advanced(descriptor: Any, by: int) -> Any:
@@ -118,23 +137,32 @@ def _advanced(descriptor: Any, by: int) -> Any:
     return arith.ori(arith.extui(i64, low), high)
 
 
-def _multiply(held: list[Any], left: list[Any], right: Any, columns: int, dtype: Any) -> list[Any]:
-    """One instruction: held + left right, or left right if nothing is held."""
+def _multiply(
+    held: list[Any], left: list[Any], right: Any, dtype: Any, size: tuple[int, int]
+) -> list[Any]:
+    """One instruction: held + left right, or left right if nothing is held.
+
+    `size` is the columns of the result and the bytes of a number.
+    """
+    columns, bytes_ = size
     wide = jnp.dtype(dtype).itemsize == 4
     count = columns // 2 if wide else columns // 4
+    in_registers = len(left) > 1
     names = iter(f"${i}" for i in range(2 * count + len(left) + 1))
     sums = "{" + ", ".join(next(names) for _ in range(count)) + "}"
     for _ in held:
         next(names)  # the same registers
     parts = [next(names) for _ in left]
-    a = "{" + ", ".join(parts) + "}" if len(parts) > 1 else parts[0]
+    a = "{" + ", ".join(parts) + "}" if in_registers else parts[0]
+    numbers = ", ".join(["1, 1", *["0"] * (bytes_ - 1) * (1 if in_registers else 2)])
     text = (
         f"{{ .reg .pred add; setp.ne.b32 add, {int(bool(held))}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP}.{'f32' if wide else 'f16'}.e4m3.e4m3 "
-        f"{sums}, {a}, {next(names)}, add, 1, 1; }}"
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{STEP // bytes_}."
+        f"{'f32' if wide else 'f16'}.{KINDS[bytes_]}.{KINDS[bytes_]} "
+        f"{sums}, {a}, {next(names)}, add, {numbers}; }}"
     )
     constraints = ["=f" if wide else "=r"] * count + [str(i) for i in range(len(held))]
-    constraints += ["r"] * len(left) if len(left) > 1 else ["l"]
+    constraints += ["r"] * len(left) if in_registers else ["l"]
     constraints += ["l"]
     kind = ir.F32Type.get() if wide else asm.i32()
     return asm.instructions(text, [kind] * count, [*held, *left, right], ",".join(constraints))

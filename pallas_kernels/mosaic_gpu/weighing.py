@@ -14,7 +14,8 @@ from jaxlib.mlir.dialects import arith, math
 
 from pallas_kernels.mosaic_gpu import registers as asm
 from pallas_kernels.mosaic_gpu import softmax
-from pallas_kernels.mosaic_gpu.products import ACCUMULATOR, ROWS, accumulator_layout, result
+from pallas_kernels.mosaic_gpu.config import ROWS
+from pallas_kernels.mosaic_gpu.products import ACCUMULATOR, accumulator_layout, result
 from pallas_kernels.mosaic_gpu.ptx import Program
 
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)

@@ -26,12 +26,15 @@ class Report:
 
     Attributes:
       spilled: bytes stored because registers ran out.
+      spills_between_products: accesses of such bytes from the first tensor core instruction to the
+        last; 0 without nvdisasm.
       serialized: whether the assembler made tensor core instructions wait for each other.
       shared_memory: bytes.
       instructions: opcodes of the machine code; empty without nvdisasm.
     """
 
     spilled: int
+    spills_between_products: int
     serialized: bool
     shared_memory: int
     instructions: frozenset[str]
@@ -64,11 +67,15 @@ def _cuda_root() -> str:
 def _report(folder: pathlib.Path) -> Report:
     log, resources = (next(folder.glob(f"*{end}")).read_text() for end in (".ptxas", ".txt"))
     listing = "".join(path.read_text() for path in folder.glob("*.sass_ctrl"))
+    opcodes = re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)", listing)
+    products = [i for i, opcode in enumerate(opcodes) if opcode.endswith("GMMA")]
+    between = opcodes[products[0] : products[-1]] if products else []
     return Report(
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
+        spills_between_products=sum(opcode in ("LDL", "STL") for opcode in between),
         serialized="serialized" in log,
         shared_memory=int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]),
-        instructions=frozenset(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)", listing)),
+        instructions=frozenset(opcodes),
     )
 
 

@@ -92,8 +92,9 @@ def reports(tmp_path_factory):
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
 def test_compiled_for_a_hopper_gpu(reports):
     for name, report in reports.items():
-        # Of the accurate mode some counters, outside of the loop that multiplies.
-        assert report.spilled <= (32 if name == "accurate" else 0), name
+        # Of the accurate mode a few addresses, which are read once a tile.
+        assert report.spilled <= (48 if name == "accurate" else 0), name
+        assert report.spills_between_products == 0, name
         assert not report.serialized, name
         assert report.shared_memory <= SHARED_MEMORY, name
         if report.instructions:
@@ -101,7 +102,23 @@ def test_compiled_for_a_hopper_gpu(reports):
             assert {product, "PRMT", "IDP", "UTMALDG", "UTMASTG"} <= report.instructions, name
 
 
+@pytest.mark.parametrize("size", [(16, 5), (21, 4), (3, 7), (1, 1), (8, 3)])
+@pytest.mark.parametrize("width", [1, 4, 8])
+def test_tiles_go_down_one_strip_and_up_the_next(size, width):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.matmul import snake
+
+    numbers = jnp.arange(size[0] * size[1])
+    places = jax.vmap(lambda number: jnp.stack(snake(number, *size, width)))(numbers)
+    assert len(set(map(tuple, places.tolist()))) == len(numbers)
+    expected = jax.vmap(lambda number: jnp.stack(plgpu.planar_snake(number, size, 0, width)))
+    np.testing.assert_array_equal(places, expected(numbers))
+
+
 def test_bad_configurations_say_so():
+    with pytest.raises(ValueError, match="width: expected a power of two, got 6"):
+        Config(width=6)
     with pytest.raises(ValueError, match="tile_m: expected a multiple of 16 up to 256, got 100"):
         Config(tile_m=100)
     with pytest.raises(ValueError, match=r"stages: expected in \[2, 16\], got 1"):
