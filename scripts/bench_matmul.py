@@ -25,6 +25,7 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
 from scripts._timing import copy_bandwidth, side_by_side_seconds
+from sdq import formats
 
 FORMAT = "sdq32:16"
 MODES = ("fast", "accurate")
@@ -59,8 +60,8 @@ def operands(linear: Linear) -> tuple[Fp8Rows, sdq.QTensor]:
     return jax.jit(fp8_rows)(quantize(x)), quantize(w)
 
 
-def speed(linear: Linear, bytes_per_second: float) -> Speed:
-    """Time one workload in every way."""
+def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
+    """A call of each way to multiply, on random numbers."""
     x, w = operands(linear)
     interleaved = dataclasses.replace(x, interleaved=True)  # any order of channels will do here
     tiled = jax.jit(tile_weight)(w)
@@ -71,25 +72,31 @@ def speed(linear: Linear, bytes_per_second: float) -> Speed:
             a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
         )
 
-    timed: dict[str, Callable[[], Any]] = {
+    found: dict[str, Callable[[], Any]] = {
         "XLA bf16": functools.partial(jax.jit(product), dense, kernel.astype(jnp.bfloat16)),
         "XLA fp8": functools.partial(jax.jit(product), x.values, kernel),
     }
     for mode in MODES:
         ours = functools.partial(quantized_matmul, implementation="mosaic_gpu", mode=mode)
-        timed[mode] = functools.partial(jax.jit(ours), interleaved, tiled)
+        found[mode] = functools.partial(jax.jit(ours), interleaved, tiled)
 
         def from_bf16(x: jax.Array, w: TiledWeight, ours: Callable = ours) -> jax.Array:
             return ours(quantize_rows(x[None], FORMAT, implementation="mosaic_gpu").rows, w)
 
-        timed[f"{mode}, bf16 rows"] = functools.partial(jax.jit(from_bf16), dense, tiled)
+        found[f"{mode}, bf16 rows"] = functools.partial(jax.jit(from_bf16), dense, tiled)
     unquantised = functools.partial(quantized_matmul, implementation="mosaic_gpu")
-    timed["rows kept in bf16"] = functools.partial(jax.jit(unquantised), dense, tiled)
+    found["rows kept in bf16"] = functools.partial(jax.jit(unquantised), dense, tiled)
     if (product_of_torch := torch_product(linear)) is not None:
-        timed["PyTorch fp8"] = product_of_torch
-    seconds = side_by_side_seconds(timed)
+        found["PyTorch fp8"] = product_of_torch
+    return found
+
+
+def speed(linear: Linear, bytes_per_second: float) -> Speed:
+    """Time one workload in every way."""
+    seconds = side_by_side_seconds(ways(linear))
     base = seconds.pop("XLA bf16")
-    moved = tiled.words.nbytes + tiled.metadata.nbytes + x.values.nbytes + 2 * linear.m * linear.n
+    bits = formats.parse(FORMAT).bits_per_element
+    moved = bits / 8 * linear.n * linear.k + linear.m * linear.k + 2 * linear.m * linear.n
     return Speed(
         linear=str(linear),
         bf16_ms=1e3 * base,
