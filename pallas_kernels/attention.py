@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.mosaic_gpu import attention_plain
-from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
+from pallas_kernels.mosaic_gpu.attention_operands import KEYS, Rounded, arranged, rounded
 from sdq import formats
 from sdq.rotate import hadamard, largest_group
 
@@ -26,6 +26,7 @@ def quantized_attention(
     center: bool = True,
     rotate: bool = False,
     mask: jax.Array | None = None,
+    causal: int | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -45,6 +46,9 @@ def quantized_attention(
       center: subtract the mean key before rounding, which changes no weight.
       rotate: turn queries and keys by a Hadamard matrix before rounding, which changes no score.
       mask: bool `[B, L]`, which keys count; a query without any gets zeros.
+      causal: tokens of a block, of which each sees its own block and those before; None: all see
+        all. Exponents, and the mean key, are of all keys either way. Blocks are filled up to whole
+        tiles of 128: short ones are slow.
       scale: 1 / sqrt(D) by default.
       implementation: one of IMPLEMENTATIONS; None takes the first that fits.
     Returns:
@@ -52,9 +56,13 @@ def quantized_attention(
     Raises:
       ValueError: operands that no implementation takes, or that the one asked for does not.
     """
-    _check(q, k, v, fmt_qk, fmt_pv, mask, scale)
+    _check(q, k, v, fmt_qk, fmt_pv, mask, causal, scale)
     chosen = _chosen(implementation, q)
     counts = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    length, block = q.shape[1], None
+    if causal is not None and causal < length:
+        q, k, v, counts = (_blocks_filled(x, causal) for x in (q, k, v, counts))
+        block = causal + -causal % KEYS
     k = _centered(k, counts) if center else k
     if rotate:
         q, k = (hadamard(x, largest_group(x.shape[-1])) for x in (q, k))
@@ -63,21 +71,39 @@ def quantized_attention(
     operands = rounded(q, k, v, fmt_qk, fmt_pv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return _reference(*operands, counts, scale).astype(q.dtype)
-    laid_out = arranged(*operands, counts, scale)
-    if chosen == "plain":
-        y = attention_plain.attend(laid_out, heads=q.shape[2], out_dtype=q.dtype)
+        y = _reference(*operands, counts, block, scale).astype(q.dtype)
+    elif chosen == "plain":
+        laid_out = arranged(*operands, counts, scale)
+        y = attention_plain.attend(laid_out, heads=q.shape[2], block=block, out_dtype=q.dtype)
     else:
         from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
 
         y = attend(
-            *laid_out,
+            *arranged(*operands, counts, scale),
             heads=q.shape[2],
+            block=block,
             config=AttentionConfig(),
             out_dtype=q.dtype,
             num_sms=device.current().cores,
         )
-    return y[:, : q.shape[1]]
+    if causal is not None and block is not None:
+        y = _without_filling(y[:, : q.shape[1]], causal)
+    return y[:, :length]
+
+
+def _blocks_filled(x: jax.Array, causal: int) -> jax.Array:
+    """`[B, S, ...]` with zeros, or False, that fill the last block, and every block's last tile."""
+    none = [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % causal), *none])
+    x = x.reshape(x.shape[0], -1, causal, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -causal % KEYS), *none])
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _without_filling(y: jax.Array, causal: int) -> jax.Array:
+    """The inverse, but for what fills the last block."""
+    y = y.reshape(y.shape[0], -1, causal + -causal % KEYS, *y.shape[2:])[:, :, :causal]
+    return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
 def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -115,7 +141,9 @@ def _centered(k: jax.Array, counts: jax.Array) -> jax.Array:
     return (k.astype(jnp.float32) - mean[:, None]).astype(k.dtype)
 
 
-def _reference(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float) -> jax.Array:
+def _reference(
+    q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, block: int | None, scale: float
+) -> jax.Array:
     """The definition of correct: the rounded operands, everything else in float32.
 
     Online, some keys at a time, so that a long video fits into memory.
@@ -129,13 +157,19 @@ def _reference(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: flo
     values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more)))
     values = jnp.moveaxis(values.reshape(b, h, width, parts, -1), 3, 0)
     counts = jnp.moveaxis(jnp.pad(counts, ((0, 0), (0, more))).reshape(b, parts, -1), 1, 0)
+    at_once = keys.shape[3]
+    positions = jnp.arange(parts * at_once).reshape(parts, at_once)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def one(state, part):
         totals, weights, highest = state
-        keys, values, counts = part
+        keys, values, counts, positions = part
         scores = product("bhsd,bhld->bhsl", queries, keys) * scale
-        scores = jnp.where(counts[:, None, None], scores, -jnp.inf)
+        seen = counts[:, None, None]
+        if block is not None:
+            of_query = jnp.arange(queries.shape[2]) // block
+            seen = seen & ((positions // block)[None] <= of_query[:, None])[None, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
         now = jnp.maximum(highest, scores.max(axis=-1))
         # Not yet any key: keep what there is, nothing.
         safe = jnp.where(now == -jnp.inf, 0.0, now)
@@ -146,7 +180,7 @@ def _reference(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: flo
 
     zeros = jnp.zeros(queries.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(zeros.shape[:-1], -jnp.inf))
-    (totals, weights, _), _ = jax.lax.scan(one, state, (keys, values, counts))
+    (totals, weights, _), _ = jax.lax.scan(one, state, (keys, values, counts, positions))
     weights = weights[..., None]
     return jnp.swapaxes(jnp.where(weights == 0, 0.0, totals / weights), 1, 2)
 
@@ -158,6 +192,7 @@ def _check(
     fmt_qk: str | None,
     fmt_pv: str | None,
     mask: jax.Array | None,
+    causal: int | None,
     scale: float | None,
 ) -> None:
     if q.ndim != 4:
@@ -168,6 +203,12 @@ def _check(
             raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
     if not k.shape[1]:
         raise ValueError("k: expected at least one key")
+    if causal is not None and causal < 1:
+        raise ValueError(f"causal: expected at least one token in a block, got {causal}")
+    if causal is not None and k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"causal: expected as many keys as queries, {q.shape[1]}, got {k.shape[1]}"
+        )
     if scale is not None and not scale > 0:
         raise ValueError(f"scale: expected more than 0, got {scale}")
     for name, fmt in (("fmt_qk", fmt_qk), ("fmt_pv", fmt_pv)):

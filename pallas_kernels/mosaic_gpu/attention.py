@@ -54,6 +54,7 @@ def attend(
     v_scale: jax.Array,
     *,
     heads: int,
+    block: int | None = None,
     config: AttentionConfig,
     out_dtype: Any,
     num_sms: int,
@@ -69,6 +70,8 @@ def attend(
       v: e4m3 `[B * heads, D + ONES, L]`, keys in the order of `attention_operands.in_order`.
       v_scale: float32 `[B * heads, D]`.
       heads: of a video.
+      block: tokens that see each other and those before, whole tiles of keys and of queries; None:
+        all see all.
       config: how.
       out_dtype: of the result.
       num_sms: of the GPU.
@@ -77,8 +80,10 @@ def attend(
       `[B, S, heads, D]`.
     """
     rows, length, width = q.shape
-    steps = k.shape[1] // KEYS
-    tiles = pl.cdiv(length, ROWS * GROUPS * config.cluster)  # of a head
+    together = ROWS * GROUPS * config.cluster  # queries of a tile
+    if block is not None and (block % KEYS or block % together):
+        raise ValueError(f"block: expected a multiple of {max(KEYS, together)}, got {block}")
+    tiles = pl.cdiv(length, together)  # of a head
     channels = width + ONES
     multiply = products if interpret is None else products_plain
     softmax = weighing if interpret is None else attention_plain
@@ -93,60 +98,68 @@ def attend(
         own = lax.div(rows * tiles - first + blocks - 1, blocks)
 
         def place(turn):
-            """Of this block's turn-th tile: its head, and its first query."""
+            """Of this block's turn-th tile: head, first query, how many tiles of keys it sees."""
             tile = first + turn * blocks
-            head = lax.div(tile, tiles)
-            at = (lax.rem(tile, tiles) * config.cluster + peer) * ROWS * GROUPS
-            return head, at
+            head, tile = lax.div(tile, tiles), lax.rem(tile, tiles)
+            at = (tile * config.cluster + peer) * ROWS * GROUPS
+            if block is None:
+                return head, at, k.shape[1] // KEYS
+            return head, at, (lax.div(tile * together, block) + 1) * (block // KEYS)
+
+        def following(slot):
+            return jnp.where(slot + 1 == config.stages, 0, slot + 1)
 
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            together = "peer" if config.cluster > 1 else None
+            shared = "peer" if config.cluster > 1 else None
 
-            def fill(number, _):
-                slot, step = lax.rem(number, config.stages), lax.rem(number, steps)
-                turn = lax.div(number, steps)
-                head, at = place(turn)
+            def tile(turn, state):
+                head, at, steps = place(turn)
 
-                @pl.when(step == 0)
-                def fetch_queries():
-                    @pl.when(turn > 0)
-                    def wait_until_read():
-                        plgpu.barrier_wait(q_free)
+                @pl.when(turn > 0)
+                def wait_until_queries_are_read():
+                    plgpu.barrier_wait(q_free)
 
-                    plgpu.copy_gmem_to_smem(q_g.at[head, pl.ds(at, ROWS * GROUPS)], q_s, q_full)
+                plgpu.copy_gmem_to_smem(q_g.at[head, pl.ds(at, ROWS * GROUPS)], q_s, q_full)
 
-                keys = pl.ds(step * KEYS, KEYS)
+                def step(i, state):
+                    slot, filled = state
+                    keys = pl.ds(i * KEYS, KEYS)
 
-                @pl.when(number >= config.stages)
-                def wait_until_keys_are_read():
-                    plgpu.barrier_wait(k_free.at[slot])
+                    @pl.when(filled >= config.stages)
+                    def wait_until_keys_are_read():
+                        plgpu.barrier_wait(k_free.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    k_g.at[head, keys], k_s.at[slot], k_full.at[slot], collective_axes=together
-                )
-
-                @pl.when(number >= config.stages)
-                def wait_until_values_are_read():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                for part, by in ((pl.ds(0, width), together), (pl.ds(width, ONES), None)):
                     plgpu.copy_gmem_to_smem(
-                        v_g.at[head, part, keys],
-                        v_s.at[slot, part],
-                        v_full.at[slot],
-                        collective_axes=by,
+                        k_g.at[head, keys], k_s.at[slot], k_full.at[slot], collective_axes=shared
                     )
 
-            total = own * steps
-            lax.fori_loop(0, total, fill, None)
+                    @pl.when(filled >= config.stages)
+                    def wait_until_values_are_read():
+                        plgpu.barrier_wait(v_free.at[slot])
+
+                    for part, by in ((pl.ds(0, width), shared), (pl.ds(width, ONES), None)):
+                        plgpu.copy_gmem_to_smem(
+                            v_g.at[head, part, keys],
+                            v_s.at[slot, part],
+                            v_full.at[slot],
+                            collective_axes=by,
+                        )
+                    return following(slot), filled + 1
+
+                return lax.fori_loop(0, steps, step, state)
+
+            slot, filled = lax.fori_loop(0, own, tile, (0, 0))
 
             # A block must not leave while its peer still signals to it.
-            def drain(number, _):
+            def drain(_, slot):
                 for free in (k_free, v_free):
-                    plgpu.barrier_wait(free.at[lax.rem(number, config.stages)])
+                    plgpu.barrier_wait(free.at[slot])
+                return following(slot)
 
-            lax.fori_loop(lax.max(total - config.stages, 0), total, drain, None)
+            few = filled < config.stages
+            left = jnp.where(few, filled, config.stages)
+            lax.fori_loop(0, left, drain, jnp.where(few, 0, slot))
 
             @pl.when(own > 0)
             def wait_for_the_last():
@@ -158,54 +171,48 @@ def attend(
             by_column = plgpu.Layout.WGMMA.reduce(0)
             queries = q_s.at[pl.ds(group * ROWS, ROWS)]
 
-            def scores(number):
-                slot = lax.rem(number, config.stages)
+            def scores(slot):
                 plgpu.barrier_wait(k_full.at[slot])
                 return multiply.begin(queries, k_s.at[slot], jnp.float16)
 
-            def weighted(weights, number):
-                slot = lax.rem(number, config.stages)
+            def weighted(weights, slot):
                 plgpu.barrier_wait(v_full.at[slot])
                 return multiply.begin(weights, v_s.at[slot])
 
-            def release(ring, number):
-                plgpu.barrier_arrive(ring.at[lax.rem(number, config.stages)])
-
-            def tile(turn, _):
-                head, at = place(turn)
+            def tile(turn, slot):
+                head, at, steps = place(turn)
                 of_q = pl.ds(at + group * ROWS, ROWS)
                 slopes = load(slope_g.at[head, of_q], by_row)
                 plgpu.barrier_wait(q_full)
-                begins = turn * steps
 
                 far = plgpu.layout_cast(jnp.full((ROWS,), FAR, jnp.float32), by_row)
-                (of_scores,) = multiply.arrived(scores(begins), pending=0)
-                release(k_free, begins)
+                (of_scores,) = multiply.arrived(scores(slot), pending=0)
+                plgpu.barrier_arrive(k_free.at[slot])
                 codes, seen, offset, keep = softmax.weigh(of_scores, -far, far, slopes)
                 weights = softmax.join(codes)
                 # `keep` has nothing to keep yet, but is NaN where a score is.
                 nothing = jnp.zeros((ROWS, channels), jnp.float32)
                 totals = plgpu.layout_cast(nothing, accumulator_layout())
 
-                def step(number, state):
-                    totals, weights, seen, offset, keep = state
-                    of_scores = scores(number)
-                    of_values = weighted(weights, number - 1)
+                def step(_, state):
+                    before, totals, weights, seen, offset, keep = state
+                    slot = following(before)
+                    of_scores = scores(slot)
+                    of_values = weighted(weights, before)
                     (of_scores,) = multiply.arrived(of_scores, pending=1)
-                    release(k_free, number)
+                    plgpu.barrier_arrive(k_free.at[slot])
                     codes, seen, offset, decay = softmax.weigh(of_scores, seen, offset, slopes)
                     of_values, codes = multiply.arrived(of_values, codes, pending=0)
-                    release(v_free, number - 1)
+                    plgpu.barrier_arrive(v_free.at[before])
                     totals = softmax.add(totals, keep, of_values)
-                    return totals, softmax.join(codes), seen, offset, decay
+                    return slot, totals, softmax.join(codes), seen, offset, decay
 
-                state = (totals, weights, seen, offset, keep)
-                state = lax.fori_loop(begins + 1, begins + steps, step, state)
-                totals, weights, _, _, keep = state
+                state = (slot, totals, weights, seen, offset, keep)
+                state = lax.fori_loop(1, steps, step, state)
+                slot, totals, weights, _, _, keep = state
                 plgpu.barrier_arrive(q_free)
-                last = begins + steps - 1
-                (of_values,) = multiply.arrived(weighted(weights, last), pending=0)
-                release(v_free, last)
+                (of_values,) = multiply.arrived(weighted(weights, slot), pending=0)
+                plgpu.barrier_arrive(v_free.at[slot])
                 y = softmax.divide(softmax.add(totals, keep, of_values), width)
                 scale = load(scale_g.at[head], by_column)
                 y = y * lax.broadcast_in_dim(scale, y.shape, (1,))
@@ -215,8 +222,9 @@ def attend(
                 plgpu.commit_smem()
                 batch, h = lax.div(head, heads), lax.rem(head, heads)
                 plgpu.copy_smem_to_gmem(mine, out_g.at[batch, of_q, h])
+                return following(slot)
 
-            lax.fori_loop(0, own, tile, None)
+            lax.fori_loop(0, own, tile, 0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(group == GROUPS, produce, consume)

@@ -12,7 +12,9 @@ from pallas_kernels.mosaic_gpu.attention_operands import KEYS, Operands, in_orde
 from pallas_kernels.mosaic_gpu.softmax import CODES, FAR, OCTAVES, REACH, TOP
 
 
-def attend(operands: Operands, *, heads: int, out_dtype: Any) -> jax.Array:
+def attend(
+    operands: Operands, *, heads: int, block: int | None = None, out_dtype: Any
+) -> jax.Array:
     """As `attention.attend`, but for the order of sums; any width."""
     q, slope, k, v, v_scale = operands
     rows, length, width = q.shape
@@ -22,16 +24,24 @@ def attend(operands: Operands, *, heads: int, out_dtype: Any) -> jax.Array:
 
     def step(state, tile):
         totals, seen, offset = state
-        keys, values = (part.astype(jnp.float32) for part in tile)
+        keys, values = (part.astype(jnp.float32) for part in tile[:2])
         scores = jnp.einsum("nsd,nld->nsl", q.astype(jnp.float32), keys).astype(jnp.float16)
         codes, seen, offset, keep = jax.vmap(weigh)(scores, seen, offset, slope)
         weights = join(codes).astype(jnp.float32)
         product = jnp.einsum("nsl,ndl->nsd", weights, values)
-        return (jax.vmap(add)(totals, keep, product), seen, offset), None
+        then = jax.vmap(add)(totals, keep, product), seen, offset
+        if block is None:
+            return then, None
+        sees = jnp.arange(length) // block >= tile[2] // block  # of blocks
+        return tuple(
+            jnp.where(sees.reshape(1, -1, *[1] * (new.ndim - 2)), new, old)
+            for new, old in zip(then, state, strict=True)
+        ), None
 
     far = jnp.full((rows, length), FAR)
     state = jnp.zeros((rows, length, v.shape[1])), -far, far
-    (totals, _, _), _ = jax.lax.scan(step, state, (keys, values))
+    first = KEYS * jnp.arange(len(keys))
+    (totals, _, _), _ = jax.lax.scan(step, state, (keys, values, first))
     y = jax.vmap(divide, in_axes=(0, None))(totals, width) * v_scale[:, None]
     y = y.reshape(-1, heads, length, width).astype(out_dtype)
     return jnp.swapaxes(y, 1, 2)

@@ -187,7 +187,9 @@ def compile_quantizer(
     _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
 
 
-def compile_attention(queries: int, keys: int, width: int = 128, **changes: int) -> None:
+def compile_attention(
+    queries: int, keys: int, width: int = 128, block: int | None = None, **changes: int
+) -> None:
     """One case, for an H100: 2 videos of 4 heads; `changes` are of the default config."""
     import jax
     import jax.numpy as jnp
@@ -210,6 +212,7 @@ def compile_attention(queries: int, keys: int, width: int = 128, **changes: int)
         return attend(
             *operands,
             heads=4,
+            block=block,
             config=AttentionConfig(**changes),
             out_dtype=jnp.bfloat16,
             num_sms=device.current().cores,

@@ -20,10 +20,13 @@ def numbers(x):
     return np.asarray(x.values, np.float64) * np.asarray(x.scales, np.float64)
 
 
-def exact(q, k, v, mask=None, scale=D**-0.5):
+def exact(q, k, v, mask=None, scale=D**-0.5, causal=None):
     """Of rounded operands, in float64: `[B, S, H, D]`."""
     q, k, v = map(numbers, (q, k, v))
     scores = np.einsum("bhsd,bhld->bhsl", q, k) * scale
+    if causal is not None:
+        block = np.arange(scores.shape[-1]) // causal
+        scores = np.where(block[:, None] >= block, scores, -np.inf)
     if mask is not None:
         scores = np.where(np.asarray(mask)[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -99,6 +102,36 @@ def test_keys_that_do_not_count_change_nothing(operands, rng):
         np.testing.assert_allclose(y[b : b + 1], alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [37, 130, 256, 300, 1000])
+def test_tokens_see_their_block_and_those_before(rng, causal):
+    """Whatever it is: less than a tile, no multiple of one, all tokens, more."""
+    x = [jnp.asarray(rng.randn(B, 300, H, 64), jnp.float32) for _ in range(3)]
+    x[2] = x[2] + 1
+    y, plain = (
+        quantized_attention(*x, causal=causal, center=False, implementation=name)
+        for name in ("reference", "plain")
+    )
+    expected = exact(*rounded(*x, None, None), scale=64**-0.5, causal=causal)
+    assert relative(y, expected) < 1e-5
+    assert relative(plain, np.asarray(y)) < 2e-2  # few keys, each weight 3 % off
+
+
+def test_later_blocks_change_nothing_but_exponents(rng):
+    """And masked keys stay masked."""
+    q, k, v = (jnp.asarray(rng.randn(B, 300, H, 64), jnp.float32) for _ in range(3))
+    mask = jnp.asarray(rng.rand(B, 300) < 0.7).at[:, 0].set(True)
+    see = {"mask": mask, "causal": 100, "implementation": "plain"}
+    y = quantized_attention(q, k, v, **see)
+    later = jnp.arange(300)[:, None, None] >= 200
+    k, v = (jnp.where(later, x[:, ::-1], x) for x in (k, v))  # of the same size
+    mixed = quantized_attention(q, k, v, center=False, **see)
+    again = quantized_attention(
+        q, k, v, center=False, **(see | {"mask": mask.at[:, 200:].set(False)})
+    )
+    np.testing.assert_allclose(mixed[:, :200], again[:, :200], rtol=1e-6)
+    assert relative(y[:, :200], np.asarray(mixed[:, :200])) < 0.05
+
+
 def test_without_any_key_there_is_nothing(operands):
     mask = jnp.ones((B, L), bool).at[1].set(False)
     y = quantized_attention(*operands, mask=mask, implementation="reference")
@@ -127,6 +160,8 @@ def test_a_nan_poisons_its_head_and_no_other(operands, fmt):
             {"k": jnp.ones((B, 0, H, D)), "v": jnp.ones((B, 0, H, D))},
             "k: expected at least one key",
         ),
+        ({"causal": 16}, "causal: expected as many keys as queries, 33, got 700"),
+        ({"causal": 0}, "causal: expected at least one token in a block, got 0"),
         ({"scale": -1.0}, "scale: expected more than 0, got -1.0"),
         ({"implementation": "flash"}, "expected one of mosaic_gpu, reference, plain, got 'flash'"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu cannot do this: needs"),

@@ -68,6 +68,43 @@ def test_interpreted(rng, capfd, queries, keys, counted, width, config):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+@pytest.mark.parametrize("block, config", [(128, {}), (256, {"cluster": 2}), (384, {"stages": 3})])
+def test_interpreted_block_by_block(rng, capfd, block, config):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    parts = rounded(*operands(rng, 640, 640, 64), None, None)
+    y = attend(
+        *arranged(*parts, jnp.ones((1, 640), bool), 64**-0.5),
+        heads=H,
+        block=block,
+        config=AttentionConfig(**{"stages": 2, **config}),
+        out_dtype=jnp.float32,
+        num_sms=2,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert relative(y, exact(*parts, scale=64**-0.5, causal=block)) < 0.05
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_blocks_are_whole_tiles():
+    from pallas_kernels.mosaic_gpu.attention import attend
+
+    x = jnp.zeros((2, 256, 64), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match="block: expected a multiple of 256, got 128"):
+        attend(
+            x,
+            *[x] * 4,
+            heads=2,
+            block=128,
+            config=AttentionConfig(cluster=2),
+            out_dtype=jnp.float32,
+            num_sms=2,
+        )
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 def test_a_key_far_above_all_others_is_all_there_is(rng):
     """And the tiles after it, far below, are forgotten, not flushed into it."""
     q, k, v = operands(rng, 64, 384)
@@ -99,6 +136,7 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         "clusters": shape | {"cluster": 2},
         "narrow": shape | {"width": 64},
         "text": {"queries": 1008, "keys": 512},
+        "causal": shape | {"block": 1024},
     }
     found = deviceless.compiled(tmp_path, list(cases.values()), "attention")
     for name, report in zip(cases, found, strict=True):

@@ -44,6 +44,13 @@ def test_against_float64(rng, b, s, length, h, width, spread, formats):
     assert np.linalg.norm(of_mean) < 0.02 * np.linalg.norm(expected.mean(axis=1))
 
 
+@pytest.mark.parametrize("causal", [128, 300, 1560])
+def test_block_by_block(rng, causal):
+    x = operands(rng, 2, 4680, 4680, 2)
+    parts = rounded(*x, None, None)
+    assert relative(ours(*x, causal=causal), exact(*parts, causal=causal)) < 0.05
+
+
 def test_values_of_one_sign(rng):
     """Where sums that stay in the tensor cores are a fifth wrong."""
     q, k, v = operands(rng, 1, 128, 32768, 1, 0.5)
