@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdq import formats, qtensor, rules
+from sdq.files import abandoned
 from sdq.manifest import (
     MANIFEST,
     REMEDY,
@@ -83,6 +84,8 @@ def save(
         for old in root.glob("data-*"):
             if old != data:
                 shutil.rmtree(old)
+        for file in abandoned(root / MANIFEST):
+            file.unlink()
 
 
 def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> Any:
@@ -288,10 +291,11 @@ def _check_ours(root: pathlib.Path) -> None:
     """Refuse to write into a folder of something else."""
     if root.is_file():
         raise ValueError(f"save: {root} is a file; give a folder")
+    ours = [file.name for file in abandoned(root / MANIFEST)]
     strangers = [
         item.name
         for item in (root.iterdir() if root.is_dir() else ())
-        if not item.name.startswith((MANIFEST, "data-"))
+        if not item.name.startswith((MANIFEST, "data-")) and item.name not in ours
     ]
     if strangers:
         raise ValueError(

@@ -6,6 +6,11 @@ import pathlib
 import uuid
 
 
+def abandoned(path: pathlib.Path) -> list[pathlib.Path]:
+    """What writers of `path` that were killed have left beside it."""
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
+
+
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Make `path` hold `data`: a reader sees the old file or the new one, never a part.
 

@@ -304,6 +304,15 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
     assert len(list(path.iterdir())) == 2
 
 
+def test_a_manifest_that_was_never_finished_goes(tmp_path):
+    path = tmp_path / "model"
+    sdq.save(path, {"w": jnp.zeros(1)})
+    (path / ".manifest.json.798c4ea626ad4ec5910407ea827e0800.tmp").write_text("{")
+    assert numbers(sdq.load(path)) == {0.0}
+    sdq.save(path, {"w": jnp.ones(1)})
+    assert numbers(sdq.load(path)) == {1.0} and len(list(path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("step", ["_write_arrays", "write_manifest", "replace"])
 def test_a_failure_at_any_step_leaves_the_old_checkpoint(step, saved, params, monkeypatch):
     def fail(*_):
