@@ -23,11 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, products_plain, weighing
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
-from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
+from pallas_kernels.mosaic_gpu.config import ROWS
+from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.softmax import FAR
 
-ROWS = 64  # queries of a warpgroup
 GROUPS = 2  # warpgroups that compute
 PRODUCER_REGISTERS = 24
 REGISTERS = 240
@@ -106,9 +106,6 @@ def attend(
                 return head, at, k.shape[1] // KEYS
             return head, at, (lax.div(tile * together, block) + 1) * (block // KEYS)
 
-        def following(slot):
-            return jnp.where(slot + 1 == config.stages, 0, slot + 1)
-
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             shared = "peer" if config.cluster > 1 else None
@@ -145,7 +142,7 @@ def attend(
                             v_full.at[slot],
                             collective_axes=by,
                         )
-                    return following(slot), filled + 1
+                    return following(slot, config.stages), filled + 1
 
                 return lax.fori_loop(0, steps, step, state)
 
@@ -155,7 +152,7 @@ def attend(
             def drain(_, slot):
                 for free in (k_free, v_free):
                     plgpu.barrier_wait(free.at[slot])
-                return following(slot)
+                return following(slot, config.stages)
 
             few = filled < config.stages
             left = jnp.where(few, filled, config.stages)
@@ -196,7 +193,7 @@ def attend(
 
                 def step(_, state):
                     before, totals, weights, seen, offset, keep = state
-                    slot = following(before)
+                    slot = following(before, config.stages)
                     of_scores = scores(slot)
                     of_values = weighted(weights, before)
                     (of_scores,) = multiply.arrived(of_scores, pending=1)
@@ -222,7 +219,7 @@ def attend(
                 plgpu.commit_smem()
                 batch, h = lax.div(head, heads), lax.rem(head, heads)
                 plgpu.copy_smem_to_gmem(mine, out_g.at[batch, of_q, h])
-                return following(slot)
+                return following(slot, config.stages)
 
             lax.fori_loop(0, own, tile, 0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

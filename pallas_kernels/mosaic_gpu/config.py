@@ -67,7 +67,7 @@ class Config:
         return self.warpgroups * self.piece * ROWS * out_bytes
 
 
-ROWS = 64  # of the weight, of a warpgroup
+ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
 TILE_K = 128  # channels of a slot
 SMALL_THINGS = 6144  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import products, products_plain
 from pallas_kernels.mosaic_gpu.config import ROWS, TILE_K, Config
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
-from pallas_kernels.mosaic_gpu.memory import free_barrier, load, swizzled
+from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
@@ -91,13 +91,14 @@ def matmul(
             tile_m, tile_n = snake(first + turn * blocks, tiles_m, tiles_n, config.width)
             return tile_m * config.tile_m, (tile_n * config.cluster + peer) * config.tile_n
 
-        def following(slot):
-            return jnp.where(slot + 1 == config.stages, 0, slot + 1)
-
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def fill(slot, at_m, at_n, k):
+            def fill(slot, filled, at_m, at_n, k):
+                @pl.when(filled >= config.stages)
+                def wait_until_read():
+                    plgpu.barrier_wait(free.at[slot])
+
                 barrier = full.at[slot]
                 plgpu.copy_gmem_to_smem(
                     x_g.at[pl.ds(at_m, config.tile_m), pl.ds(k * TILE_K, TILE_K)],
@@ -121,32 +122,23 @@ def matmul(
                 at_m, at_n = place(turn)
 
                 def step(k, slot):
-                    @pl.when(turn * steps + k >= config.stages)
-                    def wait_until_free():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    fill(slot, at_m, at_n, k)
-                    return following(slot)
+                    fill(slot, turn * steps + k, at_m, at_n, k)
+                    return following(slot, config.stages)
 
                 return lax.fori_loop(0, steps, step, slot)
 
-            slot = lax.fori_loop(0, own, tile, 0)
-
-            @pl.when(own * steps >= config.stages)
-            def wait_until_free():
-                plgpu.barrier_wait(free.at[slot])
-
+            slot, total = lax.fori_loop(0, own, tile, 0), own * steps
             at_m, at_n = place(own)
-            fill(slot, at_m, at_n, 0)  # the last is decoded, never multiplied
+            fill(slot, total, at_m, at_n, 0)  # the last is decoded, never multiplied
 
             # A block must not leave while its peer still signals to it.
             def drain(_, slot):
                 plgpu.barrier_wait(free.at[slot])
-                return following(slot)
+                return following(slot, config.stages)
 
-            few = own * steps < config.stages
-            left = jnp.where(few, own * steps, config.stages - 1)
-            lax.fori_loop(0, left, drain, jnp.where(few, 0, following(slot)))
+            few = total < config.stages
+            left = jnp.where(few, total, config.stages - 1)
+            lax.fori_loop(0, left, drain, jnp.where(few, 0, following(slot, config.stages)))
 
         def consume():
             plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
@@ -181,7 +173,7 @@ def matmul(
             def multiplied(slot, held, onto=None):
                 """The product of a slot, the next slot, and its weights, decoded meanwhile."""
                 product = multiply.begin(operand(held), x_s.at[slot], onto=onto)
-                then = following(slot)
+                then = following(slot, config.stages)
                 held = weights(then)
                 (product,) = multiply.arrived(product, pending=0)
                 plgpu.barrier_arrive(free.at[slot])

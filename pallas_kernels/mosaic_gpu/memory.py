@@ -25,6 +25,11 @@ def free_barrier(*, readers: int, stages: int, cluster: int) -> Any:
     )
 
 
+def following(slot: jax.Array, stages: int) -> jax.Array:
+    """The next slot of a ring; a remainder would take longer."""
+    return jnp.where(slot + 1 == stages, 0, slot + 1)
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """Into registers; `optimized` would insist on the fastest path that Mosaic knows."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11
