@@ -87,7 +87,7 @@ def quantized_attention(
             num_sms=device.current().cores,
         )
     if causal is not None and block is not None:
-        y = _without_filling(y[:, : q.shape[1]], causal)
+        y = _without_filling(y[:, : q.shape[1]], causal, block)
     return y[:, :length]
 
 
@@ -100,9 +100,9 @@ def _blocks_filled(x: jax.Array, causal: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _without_filling(y: jax.Array, causal: int) -> jax.Array:
-    """The inverse, but for what fills the last block."""
-    y = y.reshape(y.shape[0], -1, causal + -causal % KEYS, *y.shape[2:])[:, :, :causal]
+def _without_filling(y: jax.Array, causal: int, block: int) -> jax.Array:
+    """The inverse, blocks being `block` long; what fills the last one stays."""
+    y = y.reshape(y.shape[0], -1, block, *y.shape[2:])[:, :, :causal]
     return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 

@@ -49,16 +49,17 @@ class Load:
 
 
 @contextlib.contextmanager
-def looking() -> Iterator[list[tuple[float, ...]]]:
-    """Yields a list that grows: megahertz, watts, limit in watts, highest megahertz."""
-    seen: list[tuple[float, ...]] = []
+def looking() -> Iterator[list[str]]:
+    """Yields a list of nvidia-smi's lines that grows."""
+    seen: list[str] = []
     with subprocess.Popen([*LOOK, AS_NUMBERS], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = process.stdout
 
         def read() -> None:
             for line in lines:
-                seen.append(tuple(float(number) for number in line.split(",")))
+                if line.endswith("\n"):  # the last may be cut
+                    seen.append(line)
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -67,6 +68,17 @@ def looking() -> Iterator[list[tuple[float, ...]]]:
         finally:
             process.terminate()
             reader.join()
+
+
+def medians(lines: list[str]) -> tuple[float, ...]:
+    """Megahertz, watts, limit in watts, highest megahertz, of lines that `looking` saw."""
+    if not lines:
+        raise RuntimeError("nvidia-smi said nothing: is there a GPU that it knows?")
+    try:
+        numbers = [[float(number) for number in line.split(",")] for line in lines]
+    except ValueError as error:
+        raise RuntimeError(f"nvidia-smi gave no number: {error}") from None
+    return tuple(statistics.median(kind) for kind in zip(*numbers, strict=True))
 
 
 def load(name: str, call: Callable[[], Any], linear: Linear, seconds: float) -> Load:
@@ -81,7 +93,7 @@ def load(name: str, call: Callable[[], Any], linear: Linear, seconds: float) -> 
                 call()
             jax.block_until_ready(call())
             times.append((time.perf_counter() - start) / calls)
-    megahertz, watts, *_ = (statistics.median(kind) for kind in zip(*late(seen), strict=True))
+    megahertz, watts, *_ = medians(late(seen))
     each = statistics.median(late(times))
     macs = MACS["bf16" if name in ("XLA bf16", "rows kept in bf16") else "fp8"]
     least = linear.operations / 2 / macs / device.current().cores  # cycles
@@ -99,12 +111,13 @@ def late(values: list[Any]) -> list[Any]:
     return values[len(values) // 2 :]
 
 
-def limits() -> str:
-    """Of this GPU."""
+def limits(seconds: float = 2.0) -> str:
+    """Of this GPU; nvidia-smi takes a while to begin."""
     with looking() as seen:
-        while not seen:
-            time.sleep(0.1)
-    _, _, watts, megahertz = seen[0]
+        end = time.perf_counter() + seconds
+        while not seen and time.perf_counter() < end:
+            time.sleep(0.05)
+    _, _, watts, megahertz = medians(seen)
     return f"{watts:.0f} W, {megahertz:.0f} MHz"
 
 

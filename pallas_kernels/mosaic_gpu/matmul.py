@@ -194,7 +194,6 @@ def matmul(
                 def add(number, state):
                     total, slot, held = state
                     first = number * config.promote
-                    # The compiler must not know how many, for it would unroll, which is slower.
                     last = lax.min(first + config.promote, steps)
                     product, slot, held = summed(first, last, slot, held)
                     return total + product, slot, held

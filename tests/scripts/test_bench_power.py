@@ -20,6 +20,7 @@ def smi(tmp_path, monkeypatch):
     program.write_text(LINES)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return program
 
 
 def test_a_load_is_what_is_seen_in_its_second_half(smi):
@@ -39,3 +40,13 @@ def test_looking_ends_with_the_program(smi):
     time.sleep(0.05)
     assert len(seen) == count
     assert bench_power.limits() == "700 W, 1980 MHz"
+
+
+@pytest.mark.parametrize(
+    "says, message",
+    [("exit 9", "said nothing"), ('echo "1980, [N/A], 700, 1980"', r"gave no number.*\[N/A\]")],
+)
+def test_what_nvidia_smi_does_not_know_is_an_error(smi, says, message):
+    smi.write_text(f"#!/bin/sh\n{says}\n")
+    with pytest.raises(RuntimeError, match=message):
+        bench_power.limits(seconds=0.3)
