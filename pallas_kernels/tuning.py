@@ -21,7 +21,7 @@ def choose(mode: str, m: int, k: int, n: int, device: str, out_bytes: int = 2) -
         and max(entry["m"], m) <= REACH * min(entry["m"], m)
     ]
     if not measured:
-        return heuristic(mode, m, out_bytes)
+        return heuristic(mode, m, n, out_bytes)
     nearest = min(measured, key=lambda entry: max(entry["m"], m) / min(entry["m"], m))
     config = Config(**nearest["config"])
     return config if out_bytes <= 2 else fitted(config, out_bytes)

@@ -21,7 +21,7 @@ from pallas_kernels import device, quantized_attention
 from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
 from pallas_kernels.mosaic_gpu.attention_operands import Rounded, arranged, rounded
 from scripts import _results as results
-from scripts._timing import side_by_side_seconds
+from scripts._timing import SETTLED, side_by_side_seconds
 
 FORMAT = "sdq32:16"
 SIZES = ((32760, 40), (75600, 40), (32760, 12))  # tokens, heads
@@ -103,7 +103,7 @@ def measure(tokens: int, heads: int) -> dict[str, dict[str, float]]:
             timed[name] = run
         except Exception as reason:  # another library's; say so and go on
             print(f"{name}: {type(reason).__name__}: {str(reason)[:300]}", flush=True)
-    seconds = side_by_side_seconds(timed)
+    seconds = side_by_side_seconds(timed, at_least=SETTLED)
     base = seconds["cuDNN bf16"]
     return {
         name: {"ms": 1e3 * one, "times": base / one}

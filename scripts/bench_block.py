@@ -27,7 +27,7 @@ from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
 from pallas_kernels import TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
-from scripts._timing import back_to_back_seconds, peak_bytes, side_by_side_seconds
+from scripts._timing import SETTLED, back_to_back_seconds, peak_bytes, side_by_side_seconds
 from sdq import Rule, quantize_params, resolve
 from sdq.rules import path_of
 
@@ -109,7 +109,7 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
         compiled = jax.jit(run).lower(*arguments).compile()
         timed[name] = functools.partial(compiled, *arguments)
         peaks[name] = peak_bytes(compiled) / 2**20
-    seconds = side_by_side_seconds(timed)
+    seconds = side_by_side_seconds(timed, at_least=SETTLED)
     found = [
         Result(
             name=name,
@@ -147,7 +147,8 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
 
 
 def _milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
-    return 1e3 * back_to_back_seconds(functools.partial(jax.jit(function), *arguments))
+    call = functools.partial(jax.jit(function), *arguments)
+    return 1e3 * back_to_back_seconds(call, runs=3, at_least=SETTLED)
 
 
 def _leaves(tree: Any) -> Any:

@@ -28,7 +28,7 @@ from pallas_kernels.rows import Fp8Rows
 from pallas_kernels.tuning import as_entry, file_name
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._timing import side_by_side_seconds
+from scripts._timing import SETTLED, side_by_side_seconds
 
 AT_ONCE = 8  # compilations
 FORMAT = "sdq32:16"
@@ -41,9 +41,9 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
 }
 
 
-def candidates(mode: str, m: int) -> Iterator[Config]:
-    """Ways worth trying for m rows."""
-    base = heuristic(mode, m)
+def candidates(mode: str, m: int, n: int) -> Iterator[Config]:
+    """Ways worth trying for m rows of x and n of w."""
+    base = heuristic(mode, m, n)
     yield base
     if m <= FEW:
         for warpgroups, stages in itertools.product((1, 2), (4, 6, 8, 12, 16)):
@@ -74,7 +74,7 @@ def operands(linear: Linear, mode: str) -> tuple[jax.Array | Fp8Rows, Any]:
 def measure(linear: Linear, mode: str) -> list[tuple[float, Config]]:
     """Seconds of every candidate that compiles, the fastest first."""
     x, w = operands(linear, mode)
-    configs = list(dict.fromkeys(candidates(mode, linear.m)))
+    configs = list(dict.fromkeys(candidates(mode, linear.m, linear.n)))
 
     def program(config: Config) -> Callable[..., jax.Array]:
         call = functools.partial(quantized_matmul, implementation="mosaic_gpu", config=config)
@@ -85,7 +85,7 @@ def measure(linear: Linear, mode: str) -> list[tuple[float, Config]]:
     calls: dict[str, Callable[[], Any]] = {
         str(number): functools.partial(compiled, x, w) for number, compiled in enumerate(programs)
     }
-    seconds = side_by_side_seconds(calls).values()
+    seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED).values()
     timed = sorted(zip(seconds, configs, strict=True), key=lambda pair: pair[0])
     for one, config in timed:
         print(f"  {1e3 * one:8.3f} ms  {config}", flush=True)

@@ -72,20 +72,25 @@ TILE_K = 128  # channels of a slot
 SMALL_THINGS = 6144  # table and barriers
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 
-MODES = {"fast": Config(), "accurate": Config(tile_m=192, promote=2)}  # of fp8 rows
+MODES = {  # of fp8 rows
+    "fast": Config(cluster=2),
+    "accurate": Config(tile_m=192, cluster=2, promote=2),
+}
 BF16 = "bf16"  # stands where a mode does: of bf16 rows, whose sums are float32 anyway
 BASES = {**MODES, BF16: Config(tile_m=192, x_bytes=2)}
 FEW = 64  # rows of x with which a product only reads weights
 
 
-def heuristic(mode: str, m: int, out_bytes: int = 2) -> Config:
-    """For m rows of x that nobody has tuned; a mode of MODES, or BF16."""
+def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config:
+    """For m rows of x and n of w that nobody has tuned; a mode of MODES, or BF16."""
     config = BASES[mode]
     if m <= FEW:  # many blocks with many small slots, so that the memory is always busy
-        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1}
+        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1, "cluster": 1}
         return fitted(dataclasses.replace(config, **few), out_bytes, most=12)
     if m <= config.tile_m - 64:
         config = dataclasses.replace(config, tile_m=-(-m // 64) * 64)
+    if -(-n // config.tile_n) % config.cluster:  # one of the last blocks would work for nothing
+        config = dataclasses.replace(config, cluster=1)
     return fitted(config, out_bytes)
 
 

@@ -226,6 +226,7 @@ def matmul(
                 """Scale, add the bias and send a warpgroup's result out, piece by piece."""
                 by_row = plgpu.Layout.WGMMA.reduce(1)
                 by_column = plgpu.Layout.WGMMA.reduce(0)
+                narrow, transposed = jnp.dtype(out_dtype).itemsize == 2, plgpu.Layout.WGMMA_TRANSPOSED
                 total = multiply.in_pairs(total)
                 plgpu.barrier_wait(scales_ready.at[group])
                 at_m, at_n = place(turn)
@@ -242,9 +243,9 @@ def matmul(
                     y = y + lax.broadcast_in_dim(bias, shape, (0,))
                     slot = out_s.at[group, lax.rem(turn * pieces + number, at_once)]
                     plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
-                    slot.T[...] = plgpu.layout_cast(
-                        activation(y).astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
+                    y = activation(y).astype(out_dtype)
+                    # 16-bit numbers are transposed on their way (stmatrix).
+                    slot.T[...] = y if narrow else plgpu.layout_cast(y, transposed)
                     plgpu.commit_smem()
                     of_m = pl.ds(at_m + at, config.piece)
                     plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
@@ -284,7 +285,9 @@ def matmul(
             scales_ready=plgpu.Barrier(num_arrivals=3, num_barriers=config.warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+            unsafe_no_auto_barriers=True,  # all that shared memory holds has barriers of its own
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )

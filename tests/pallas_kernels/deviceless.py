@@ -114,7 +114,7 @@ def compile_matmul(
     )
 
     out_bytes = np.dtype(out_dtype).itemsize
-    config = heuristic(mode, m, out_bytes)
+    config = heuristic(mode, m, n, out_bytes)
     if changes:
         config = fitted(dataclasses.replace(config, **changes), out_bytes)
 

@@ -26,7 +26,7 @@ def test_the_nearest_that_was_measured(measured):
     "mode, m, k, n", [("accurate", 4096, 1024, 512), ("fast", 64, 1024, 512), ("fast", 4096, 8, 8)]
 )
 def test_nothing_like_it_was_measured(measured, mode, m, k, n):
-    assert tuning.choose(mode, m, k, n, "a GPU") == heuristic(mode, m)
+    assert tuning.choose(mode, m, k, n, "a GPU") == heuristic(mode, m, n)
 
 
 def test_wide_results_still_fit(measured):

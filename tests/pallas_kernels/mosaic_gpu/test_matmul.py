@@ -92,8 +92,8 @@ def reports(tmp_path_factory):
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
 def test_compiled_for_a_hopper_gpu(reports):
     for name, report in reports.items():
-        # Of the accurate mode a few addresses, which are read once a tile.
-        assert report.spilled <= (48 if name == "accurate" else 0), name
+        # Of the accurate mode a few addresses, which are read once a tile; one more in clusters.
+        assert report.spilled <= (64 if name == "accurate" else 0), name
         assert report.spills_between_products == 0, name
         assert not report.serialized, name
         assert report.shared_memory <= SHARED_MEMORY, name
@@ -133,7 +133,7 @@ def test_rows_of_another_width_are_refused():
             jnp.zeros((8, 128), jnp.float8_e4m3fn),
             *[None] * 4,
             activation=None,
-            config=heuristic(BF16, 8),
+            config=heuristic(BF16, 8, 64),
             out_dtype=jnp.float32,
             num_sms=1,
         )
@@ -142,6 +142,11 @@ def test_rows_of_another_width_are_refused():
 @pytest.mark.parametrize("mode", BASES)
 @pytest.mark.parametrize("m", [1, 64, 100, 32760])
 def test_the_heuristic_fits(mode, m):
-    config = heuristic(mode, m, out_bytes=4)
+    config = heuristic(mode, m, 5120, out_bytes=4)
     assert config.shared_memory(4) <= SHARED_MEMORY
     assert config.stages * config.x_bytes >= 3 and config.tile_m < m + 64
+
+
+@pytest.mark.parametrize("m, n, cluster", [(4096, 5120, 2), (4096, 128, 1), (64, 5120, 1)])
+def test_only_blocks_with_a_partner_share_rows(m, n, cluster):
+    assert heuristic("fast", m, n).cluster == cluster
