@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
-# Seconds of one kind of work after which a GPU at its power limit has found the clock for it (H100).
-# Queues of 20 ms still run at their predecessor's: there a bf16 product that follows fp8 ones looks
-# up to a tenth slower than alone.
+# Seconds of one work after which a GPU at its power limit has found its clock (H100). Queues of
+# 20 ms still run at their predecessor's: bf16 after fp8 looks up to a tenth slower than alone.
 SETTLED = 0.25
 
 

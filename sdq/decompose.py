@@ -67,19 +67,26 @@ def residual(
     return fake_quantize(left, fmt, select=select).astype(x.dtype)
 
 
-def multiply(x: Decomposed, product: Callable[[Any], jax.Array]) -> jax.Array:
+def multiply(
+    x: Decomposed,
+    product: Callable[[Any], jax.Array],
+    of_base: Callable[[Any], jax.Array] | None = None,
+) -> jax.Array:
     """The product of x with a kernel.
 
     Args:
       x: of S tokens, n of them with a second term.
       product: linear, `[B, any number of tokens, K] -> [B, ..., N]`. Called with S tokens, and,
         where x is active, with n more.
+      of_base: if what the S tokens get is more than that, such as a bias.
     Returns:
       `[B, S, N]`.
     """
 
     def plus_residual(y: jax.Array) -> jax.Array:
-        more = product(x.residual)
-        return jax.vmap(lambda y, at, more: y.at[at].add(more))(y, x.tokens, more)
+        def plus(y: jax.Array, at: jax.Array, more: jax.Array) -> jax.Array:
+            return y.at[at].add(more, unique_indices=True)  # else a GPU adds by compare-and-swap
 
-    return jax.lax.cond(x.active, plus_residual, lambda y: y, product(x.base))
+        return jax.vmap(plus)(y, x.tokens, product(x.residual))
+
+    return jax.lax.cond(x.active, plus_residual, lambda y: y, (of_base or product)(x.base))

@@ -71,7 +71,9 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if isinstance(x, Decomposed):
             product = functools.partial(self.ops.matmul, kernel=kernel)
-            return ACTIVATIONS[self.activation](_plus(multiply(x, product), bias))
+            # With the bias already, so that nobody passes over all tokens once more to add it.
+            y = multiply(x, product, functools.partial(product, bias=bias))
+            return ACTIVATIONS[self.activation](y)
         return self.ops.matmul(x, kernel, bias=bias, activation=self.activation)
 
 

@@ -77,3 +77,9 @@ def test_bfloat16_holds_both_terms_exactly():
     want = fake_quantize(left, FORMAT, select="two_stage")
     assert both.residual.dtype == jnp.bfloat16
     np.testing.assert_array_equal(both.residual.astype(jnp.float32), want)
+
+
+def test_a_bias_is_added_once(made):
+    _, x_both, kernel = made
+    y = multiply(x_both, lambda rows: rows @ kernel, lambda rows: rows @ kernel + 3)
+    np.testing.assert_allclose(y, product(x_both, kernel) + 3, rtol=1e-6, atol=1e-5)
