@@ -1,7 +1,7 @@
 """quantized_matmul: one product, several implementations, none chosen in silence."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels import device, reference, tuning, xla_fp8
 from pallas_kernels.mosaic_gpu import operands, tables
-from pallas_kernels.mosaic_gpu.config import BF16, MODES, Config
+from pallas_kernels.mosaic_gpu.config import BF16, MODES, Config, FewConfig
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
 from sdq import QTensor
@@ -38,7 +38,7 @@ def quantized_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     mode: str = "accurate",
-    config: Config | None = None,
+    config: Config | FewConfig | None = None,
 ) -> jax.Array:
     """activation(x w^T + bias), summed in float32 and rounded once.
 
@@ -153,9 +153,10 @@ def _mosaic_gpu(
     bias: jax.Array | None,
     activation: str | None,
     out_dtype: np.dtype,
-    config: Config,
+    config: Config | FewConfig,
 ) -> jax.Array:
     from pallas_kernels.mosaic_gpu.matmul import matmul  # takes a second to import
+    from pallas_kernels.mosaic_gpu.matmul_few import matmul_few
 
     values, scales = _kernel_rows(x)
     tiled = w if isinstance(w, TiledWeight) else operands.tile_weight(w)
@@ -164,7 +165,8 @@ def _mosaic_gpu(
     m = len(values)
     fill_m, fill_n, fill_k = -m % operands.TILE_M, -n % operands.TILE_N, -k % operands.TILE_K
     bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    y = matmul(
+    product: Any = matmul_few if isinstance(config, FewConfig) else matmul
+    y = product(
         jnp.pad(values, ((0, fill_m), (0, fill_k))),
         jnp.pad(scales.reshape(-1), (0, fill_m)),
         tiled,

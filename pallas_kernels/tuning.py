@@ -7,24 +7,30 @@ import json
 import re
 from typing import Any
 
-from pallas_kernels.mosaic_gpu.config import Config, fitted, heuristic
+from pallas_kernels.mosaic_gpu.config import FEW, Config, FewConfig, fitted, heuristic, rows_of_few
 
 REACH = 2.0  # a measured m speaks for others up to so many times larger or smaller
 
 
-def choose(mode: str, m: int, k: int, n: int, device: str, out_bytes: int = 2) -> Config:
-    """The Config for x `[m, k]` and w `[n, k]` on a device of that kind."""
+def choose(
+    mode: str, m: int, k: int, n: int, device: str, out_bytes: int = 2
+) -> Config | FewConfig:
+    """The way to cut the product of x `[m, k]` and w `[n, k]` on a device of that kind."""
     measured = [
         entry
         for entry in table(device)
         if (entry["mode"], entry["k"], entry["n"]) == (mode, k, n)
+        and (entry["m"] <= FEW) == (m <= FEW)
         and max(entry["m"], m) <= REACH * min(entry["m"], m)
     ]
     if not measured:
         return heuristic(mode, m, n, out_bytes)
     nearest = min(measured, key=lambda entry: max(entry["m"], m) / min(entry["m"], m))
+    if m <= FEW:
+        few = FewConfig(**nearest["config"] | {"rows": rows_of_few(m)})
+        return fitted(few, out_bytes, most=few.stages)
     config = Config(**nearest["config"])
-    return config if out_bytes <= 2 else fitted(config, out_bytes)
+    return config if out_bytes <= 2 else fitted(config, out_bytes, most=config.stages)
 
 
 @functools.cache
@@ -39,6 +45,6 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()) + ".json"
 
 
-def as_entry(mode: str, m: int, k: int, n: int, config: Config) -> dict[str, Any]:
+def as_entry(mode: str, m: int, k: int, n: int, config: Config | FewConfig) -> dict[str, Any]:
     """A row of a table."""
     return {"mode": mode, "m": m, "k": k, "n": n, "config": dataclasses.asdict(config)}

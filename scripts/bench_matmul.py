@@ -22,17 +22,16 @@ import sdq
 from pallas_kernels import device, quantize_rows, quantized_matmul, xla_fp8
 from pallas_kernels.mosaic_gpu.config import FEW
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
-from pallas_kernels.rows import Fp8Rows, fp8_rows
+from pallas_kernels.rows import fp8_rows
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
+from scripts._products import FORMAT, LAYERS, all_layers, layers, operands
 from scripts._timing import SETTLED, copy_bandwidth, side_by_side_seconds
 from sdq import formats
 
-FORMAT = "sdq32:16"
 MODES = ("fast", "accurate")
 ERROR_SIZES = ((512, 5120, 1024), (512, 13824, 1024))  # m, k, n
 ROWS = 64  # of each error that float64 computes
-LAYERS = 8  # that a call for few rows multiplies with: alone they would be dispatched too slowly
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,30 +52,16 @@ class Speed:
     least_ms: float
 
 
-def operands(linear: Linear, seed: int) -> tuple[jax.Array, jax.Array, Fp8Rows, sdq.QTensor]:
-    """Random numbers in bf16, and quantised."""
-    keys = jax.random.split(jax.random.key(seed))
-    x = jax.random.normal(keys[0], (linear.m, linear.k), jnp.bfloat16)
-    w = jax.random.normal(keys[1], (linear.n, linear.k), jnp.bfloat16)
-    quantize = jax.jit(functools.partial(sdq.quantize, fmt=FORMAT, select="two_stage"))
-    return x, w, jax.jit(fp8_rows)(quantize(x)), quantize(w)
-
-
 def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
     """A call of each way to multiply, on random numbers; `layers(linear)` products each.
 
     bf16 products get them unquantised: numbers of four significant bits would draw less power, and
     a GPU at its limit would multiply them up to a tenth faster.
     """
-    made = [operands(linear, seed) for seed in range(layers(linear))]
-    x, w, rows, q = zip(*made, strict=True)
-    # Any order of channels will do here.
-    interleaved = [dataclasses.replace(one, interleaved=True) for one in rows]
-    tiled = [jax.jit(tile_weight)(one) for one in q]
+    made = operands(linear)
 
     def calls(product: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
-        """Of all layers."""
-        return functools.partial(jax.jit(lambda *all: list(map(product, *all))), *operands)
+        return functools.partial(all_layers(product), *operands)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.dot_general(
@@ -84,27 +69,26 @@ def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
         )
 
     found = {
-        "XLA bf16": calls(product, x, w),
-        "XLA fp8": calls(product, [one.values for one in rows], [sdq.to_fp8(one)[0] for one in q]),
+        "XLA bf16": calls(product, made.x, made.w),
+        "XLA fp8": calls(
+            product,
+            [rows.values for rows in made.rows],
+            [sdq.to_fp8(weight)[0] for weight in made.weights],
+        ),
     }
     for mode in MODES:
         ours = functools.partial(quantized_matmul, implementation="mosaic_gpu", mode=mode)
-        found[mode] = calls(ours, interleaved, tiled)
+        found[mode] = calls(ours, made.rows, made.tiled)
 
         def from_bf16(x: jax.Array, w: TiledWeight, ours: Callable = ours) -> jax.Array:
             return ours(quantize_rows(x[None], FORMAT, implementation="mosaic_gpu").rows, w)
 
-        found[f"{mode}, bf16 rows"] = calls(from_bf16, x, tiled)
+        found[f"{mode}, bf16 rows"] = calls(from_bf16, made.x, made.tiled)
     unquantised = functools.partial(quantized_matmul, implementation="mosaic_gpu")
-    found["rows kept in bf16"] = calls(unquantised, x, tiled)
+    found["rows kept in bf16"] = calls(unquantised, made.x, made.tiled)
     if (product_of_torch := torch_product(linear)) is not None:
         found["PyTorch fp8"] = product_of_torch
     return found
-
-
-def layers(linear: Linear) -> int:
-    """Products of one call, each with a weight of its own: more than a cache holds."""
-    return LAYERS if linear.m <= FEW else 1
 
 
 def speed(linear: Linear, bytes_per_second: float) -> Speed:

@@ -16,79 +16,58 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import sdq
 from pallas_kernels import device, quantized_matmul
-from pallas_kernels.mosaic_gpu.config import BASES, BF16, FEW, Config, fitted, heuristic
-from pallas_kernels.mosaic_gpu.operands import tile_weight
-from pallas_kernels.rows import Fp8Rows
+from pallas_kernels.mosaic_gpu.config import BASES, BF16, Config, FewConfig, fitted, heuristic
 from pallas_kernels.tuning import as_entry, file_name
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
+from scripts._products import all_layers, layers, operands
 from scripts._timing import SETTLED, side_by_side_seconds
 
 AT_ONCE = 8  # compilations
-FORMAT = "sdq32:16"
-
-
 SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "fast": ({"tile_m": 256}, {"tile_m": 224}),
-    "accurate": ({"tile_m": 192}, {"tile_m": 192, "stages": 4}, {"tile_m": 176}),
+    "accurate": ({"tile_m": 192}, {"tile_m": 160}),
     BF16: ({"tile_m": 192}, {"tile_m": 128, "warpgroups": 3}),
 }
 
 
-def candidates(mode: str, m: int, n: int) -> Iterator[Config]:
+def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     """Ways worth trying for m rows of x and n of w."""
     base = heuristic(mode, m, n)
     yield base
-    if m <= FEW:
-        for warpgroups, stages in itertools.product((1, 2), (4, 6, 8, 12, 16)):
-            yield dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
+    if isinstance(base, FewConfig):
+        for warpgroups, rounds in itertools.product((2, 3, 4, 5, 6), (2, 4)):
+            stages = warpgroups * rounds
+            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
+            yield fitted(few, 2, most=stages)
         return
     for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
         changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
-        yield fitted(changed, 2, most=shape.get("stages", 6))
+        yield fitted(changed, 2)
 
 
-def operands(linear: Linear, mode: str) -> tuple[jax.Array | Fp8Rows, Any]:
-    """Random ones, quantised as the mode wants them."""
-    keys = jax.random.split(jax.random.key(0))
-    w = jax.random.normal(keys[0], (linear.n, linear.k), jnp.bfloat16)
-    tiled = tile_weight(sdq.quantize(w, FORMAT, select="two_stage"))
-    x = jax.random.normal(keys[1], (linear.m, linear.k), jnp.bfloat16)
-    if mode == BF16:
-        return x, tiled
-    rows = Fp8Rows(
-        values=x.astype(jnp.float8_e4m3fn),
-        exponents=jnp.zeros((linear.m, 1), jnp.int8),
-        dtype=np.dtype(jnp.bfloat16),
-        interleaved=True,
-    )
-    return rows, tiled
-
-
-def measure(linear: Linear, mode: str) -> list[tuple[float, Config]]:
+def measure(linear: Linear, mode: str) -> list[tuple[float, Config | FewConfig]]:
     """Seconds of every candidate that compiles, the fastest first."""
-    x, w = operands(linear, mode)
+    made = operands(linear)
+    x: list[Any] = made.x if mode == BF16 else made.rows
     configs = list(dict.fromkeys(candidates(mode, linear.m, linear.n)))
 
-    def program(config: Config) -> Callable[..., jax.Array]:
+    def program(config: Config | FewConfig) -> Callable[..., Any]:
         call = functools.partial(quantized_matmul, implementation="mosaic_gpu", config=config)
-        return jax.jit(call).lower(x, w).compile()
+        return all_layers(call).lower(x, made.tiled).compile()
 
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         programs = list(pool.map(program, configs))
     calls: dict[str, Callable[[], Any]] = {
-        str(number): functools.partial(compiled, x, w) for number, compiled in enumerate(programs)
+        str(number): functools.partial(compiled, x, made.tiled)
+        for number, compiled in enumerate(programs)
     }
     seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED).values()
-    timed = sorted(zip(seconds, configs, strict=True), key=lambda pair: pair[0])
+    each = [one / layers(linear) for one in seconds]
+    timed = sorted(zip(each, configs, strict=True), key=lambda pair: pair[0])
     for one, config in timed:
-        print(f"  {1e3 * one:8.3f} ms  {config}", flush=True)
+        print(f"  {1e3 * one:8.4f} ms  {config}", flush=True)
     return timed
 
 

@@ -23,14 +23,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import attention_plain, products, products_plain, weighing
 from pallas_kernels.mosaic_gpu.attention_operands import KEYS, ONES
-from pallas_kernels.mosaic_gpu.config import ROWS
+from pallas_kernels.mosaic_gpu.config import PRODUCER_REGISTERS, ROWS, consumer_registers
 from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.softmax import FAR
 
 GROUPS = 2  # warpgroups that compute
-PRODUCER_REGISTERS = 24
-REGISTERS = 240
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +161,7 @@ def attend(
                 plgpu.barrier_wait(q_free)
 
         def consume():
-            plgpu.set_max_registers(REGISTERS, action="increase")
+            plgpu.set_max_registers(consumer_registers(GROUPS), action="increase")
             by_row = plgpu.Layout.WGMMA.reduce(1)
             by_column = plgpu.Layout.WGMMA.reduce(0)
             queries = q_s.at[pl.ds(group * ROWS, ROWS)]

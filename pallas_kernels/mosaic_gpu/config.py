@@ -1,11 +1,20 @@
-"""How the Hopper matmul cuts its work."""
+"""How the Hopper matmuls cut their work."""
 
 import dataclasses
+from typing import TypeVar
+
+ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
+TILE_K = 128  # channels of a slot
+SMALL_THINGS = 6144  # table and barriers
+FEW = 64  # rows of x with which a product only reads weights
+SHARED_MEMORY = 232448  # bytes of a Hopper block
+REGISTERS = 65536  # of an SM
+PRODUCER_REGISTERS = 24  # of a thread that only copies
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One way to cut it.
+    """One way to cut it for many rows of x.
 
     Attributes:
       tile_m: rows of x, a multiple of 16 up to 256.
@@ -67,10 +76,42 @@ class Config:
         return self.warpgroups * self.piece * ROWS * out_bytes
 
 
-ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
-TILE_K = 128  # channels of a slot
-SMALL_THINGS = 6144  # table and barriers
-SHARED_MEMORY = 232448  # bytes of a Hopper block
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FewConfig:
+    """One way to cut it for rows so few that reading the weight takes longest.
+
+    Attributes:
+      rows: of x, all of them; a multiple of 8 up to FEW.
+      warpgroups: that share the channels of 64 weight rows.
+      stages: slots of the ring, each for one warpgroup: a multiple of them.
+      x_bytes: of a number of x: 1, fp8, or 2, bf16.
+    """
+
+    rows: int = 64
+    warpgroups: int = 4
+    stages: int = 16
+    x_bytes: int = 1
+
+    def __post_init__(self):
+        if not 0 < self.rows <= FEW or self.rows % 8:
+            raise ValueError(f"rows: expected a multiple of 8 up to {FEW}, got {self.rows}")
+        if not 1 <= self.warpgroups <= 6:
+            raise ValueError(f"warpgroups: expected in [1, 6], got {self.warpgroups}")
+        if not 2 <= self.stages <= 32 or self.stages % self.warpgroups:
+            raise ValueError(
+                f"stages: expected a multiple of {self.warpgroups} in [2, 32], got {self.stages}"
+            )
+        if not 1 <= self.x_bytes <= 2:
+            raise ValueError(f"x_bytes: expected 1 or 2, got {self.x_bytes}")
+
+    def shared_memory(self, out_bytes: int) -> int:
+        """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
+        slot = self.rows * TILE_K * self.x_bytes + ROWS * (TILE_K // 2 + 8)
+        sums = (4 * max(1, self.warpgroups - 1) + out_bytes) * ROWS * self.rows
+        return self.stages * slot + sums + SMALL_THINGS
+
+
+AnyConfig = TypeVar("AnyConfig", Config, FewConfig)
 
 MODES = {  # of fp8 rows
     "fast": Config(cluster=2),
@@ -78,15 +119,16 @@ MODES = {  # of fp8 rows
 }
 BF16 = "bf16"  # stands where a mode does: of bf16 rows, whose sums are float32 anyway
 BASES = {**MODES, BF16: Config(tile_m=192, x_bytes=2)}
-FEW = 64  # rows of x with which a product only reads weights
 
 
-def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config:
+def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config | FewConfig:
     """For m rows of x and n of w that nobody has tuned; a mode of MODES, or BF16."""
     config = BASES[mode]
-    if m <= FEW:  # many blocks with many small slots, so that the memory is always busy
-        few = {"tile_m": -(-m // 16) * 16, "warpgroups": 1, "cluster": 1}
-        return fitted(dataclasses.replace(config, **few), out_bytes, most=12)
+    if m <= FEW:
+        few = FewConfig(rows=rows_of_few(m), x_bytes=config.x_bytes)
+        if mode == BF16:  # whose operands take twice the registers
+            few = dataclasses.replace(few, warpgroups=3, stages=15)
+        return fitted(few, out_bytes, most=few.stages)
     if m <= config.tile_m - 64:
         config = dataclasses.replace(config, tile_m=-(-m // 64) * 64)
     if -(-n // config.tile_n) % config.cluster:  # one of the last blocks would work for nothing
@@ -94,7 +136,23 @@ def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config:
     return fitted(config, out_bytes)
 
 
-def fitted(config: Config, out_bytes: int, most: int = 6) -> Config:
+def rows_of_few(m: int) -> int:
+    """`FewConfig.rows` for m rows."""
+    return -(-m // 8) * 8
+
+
+def consumer_registers(warpgroups: int) -> int:
+    """Of a thread of warpgroups that multiply: what the copying one leaves of those at the start.
+
+    Asking for one more would wait for ever.
+    """
+    at_start = REGISTERS // (128 * (warpgroups + 1)) // 8 * 8
+    left = at_start * (warpgroups + 1) - PRODUCER_REGISTERS
+    return min(256, left // warpgroups // 8 * 8)
+
+
+def fitted(config: AnyConfig, out_bytes: int, most: int = 6) -> AnyConfig:
     """With as many slots as there is room for."""
-    tried = (dataclasses.replace(config, stages=stages) for stages in range(most, 1, -1))
+    step = config.warpgroups if isinstance(config, FewConfig) else 1
+    tried = (dataclasses.replace(config, stages=stages) for stages in range(most, 1, -step))
     return next(one for one in tried if one.shared_memory(out_bytes) <= SHARED_MEMORY)

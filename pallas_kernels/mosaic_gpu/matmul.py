@@ -17,15 +17,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import products, products_plain
-from pallas_kernels.mosaic_gpu.config import ROWS, TILE_K, Config
+from pallas_kernels.mosaic_gpu.config import (
+    PRODUCER_REGISTERS,
+    ROWS,
+    TILE_K,
+    Config,
+    consumer_registers,
+)
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
+from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
 from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
-
-PRODUCER_REGISTERS = 24
-REGISTERS = 65536  # of an SM
 
 
 def matmul(
@@ -141,7 +145,7 @@ def matmul(
             lax.fori_loop(0, left, drain, jnp.where(few, 0, following(slot, config.stages)))
 
         def consume():
-            plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
+            plgpu.set_max_registers(consumer_registers(config.warpgroups), action="increase")
 
             @pl.when(group == 0)
             def fetch_table():
@@ -224,28 +228,20 @@ def matmul(
 
             def store(total, turn):
                 """Scale, add the bias and send a warpgroup's result out, piece by piece."""
-                by_row = plgpu.Layout.WGMMA.reduce(1)
-                by_column = plgpu.Layout.WGMMA.reduce(0)
-                narrow, transposed = jnp.dtype(out_dtype).itemsize == 2, plgpu.Layout.WGMMA_TRANSPOSED
                 total = multiply.in_pairs(total)
                 plgpu.barrier_wait(scales_ready.at[group])
                 at_m, at_n = place(turn)
                 of_n = pl.ds(at_n + group * ROWS, ROWS)
-                w_scale, bias = load(ws_s.at[group], by_row), load(bias_s.at[group], by_row)
+                w_scale, bias = load(ws_s.at[group], BY_W), load(bias_s.at[group], BY_W)
                 pieces = config.tile_m // config.piece
                 for number in range(pieces):
                     at = number * config.piece
                     piece = total[:, at : at + config.piece]
-                    x_scale = load(xs_s.at[group, pl.ds(at, config.piece)], by_column)
-                    shape = piece.shape
-                    y = piece * lax.broadcast_in_dim(x_scale, shape, (1,))
-                    y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
-                    y = y + lax.broadcast_in_dim(bias, shape, (0,))
+                    x_scale = load(xs_s.at[group, pl.ds(at, config.piece)], BY_X)
+                    y = finished(piece, x_scale, w_scale, bias, activation).astype(out_dtype)
                     slot = out_s.at[group, lax.rem(turn * pieces + number, at_once)]
                     plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
-                    y = activation(y).astype(out_dtype)
-                    # 16-bit numbers are transposed on their way (stmatrix).
-                    slot.T[...] = y if narrow else plgpu.layout_cast(y, transposed)
+                    store_transposed(slot, y)
                     plgpu.commit_smem()
                     of_m = pl.ds(at_m + at, config.piece)
                     plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
@@ -318,16 +314,6 @@ def snake(number: jax.Array, tiles_m: int, tiles_n: int, width: int) -> tuple[An
         down = jnp.where(is_last, lax.div(inside, narrow), down)
         across = jnp.where(is_last, lax.rem(inside, narrow), across)
     return strip * width + across, jnp.where(strip % 2 == 0, down, tiles_n - 1 - down)
-
-
-def _registers(warpgroups: int) -> int:
-    """Of a thread that multiplies: what the copying warpgroup leaves of those at the start.
-
-    Asking for one more would wait for ever.
-    """
-    at_start = REGISTERS // (128 * (warpgroups + 1)) // 8 * 8
-    left = at_start * (warpgroups + 1) - PRODUCER_REGISTERS
-    return min(256, left // warpgroups // 8 * 8)
 
 
 def _padded(x: jax.Array, to: int, more: int = 0) -> jax.Array:

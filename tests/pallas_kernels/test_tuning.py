@@ -3,16 +3,17 @@ import json
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY, Config, heuristic
+from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY, Config, FewConfig, heuristic
 from pallas_kernels.workloads import LINEARS
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A table with two rows."""
+    """A table with three rows."""
     rows = [
         tuning.as_entry("fast", 4096, 1024, 512, Config(tile_m=128)),
         tuning.as_entry("fast", 32768, 1024, 512, Config(tile_m=192, stages=5)),
+        tuning.as_entry("fast", 48, 1024, 512, FewConfig(rows=48, warpgroups=2, stages=6)),
     ]
     monkeypatch.setattr(tuning, "table", lambda device: json.loads(json.dumps(rows)))
 
@@ -22,8 +23,14 @@ def test_the_nearest_that_was_measured(measured):
     assert tuning.choose("fast", 30000, 1024, 512, "a GPU").tile_m == 192
 
 
+@pytest.mark.parametrize("m, rows", [(49, 56), (30, 32)])
+def test_few_rows_are_as_many_as_there_are(measured, m, rows):
+    expected = FewConfig(rows=rows, warpgroups=2, stages=6)
+    assert tuning.choose("fast", m, 1024, 512, "a GPU") == expected
+
+
 @pytest.mark.parametrize(
-    "mode, m, k, n", [("accurate", 4096, 1024, 512), ("fast", 64, 1024, 512), ("fast", 4096, 8, 8)]
+    "mode, m, k, n", [("accurate", 4096, 1024, 512), ("fast", 80, 1024, 512), ("fast", 4096, 8, 8)]
 )
 def test_nothing_like_it_was_measured(measured, mode, m, k, n):
     assert tuning.choose(mode, m, k, n, "a GPU") == heuristic(mode, m, n)

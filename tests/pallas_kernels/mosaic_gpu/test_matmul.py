@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_gpu.config import (
     SHARED_MEMORY,
     TILE_K,
     Config,
+    FewConfig,
     heuristic,
 )
 from pallas_kernels.mosaic_gpu.operands import TILE_N, tile_weight
@@ -34,12 +35,17 @@ SMALL = Config(tile_m=64, stages=2)
         (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
+        (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
+        (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
+        (40, 320, 256, "sdq32:32", FewConfig(rows=40, warpgroups=1, stages=2)),
+        (24, 128, 1664, "sdq32:16", FewConfig(rows=24, warpgroups=3, stages=6, x_bytes=2)),
     ],
 )
 def test_interpreted(rng, capfd, m, n, k, fmt, config):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.mosaic_gpu.matmul import matmul
+    from pallas_kernels.mosaic_gpu.matmul_few import matmul_few
 
     numbers = jnp.asarray(rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1))), jnp.bfloat16)
     w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), fmt)
@@ -52,7 +58,7 @@ def test_interpreted(rng, capfd, m, n, k, fmt, config):
         rows = fp8_rows(q)
         x, values = sdq.dequantize(q, jnp.float32), interleave(rows.values)
         scales = row_scales(rows.exponents, bad=1.0)[:, 0]
-    y = matmul(
+    y = (matmul_few if isinstance(config, FewConfig) else matmul)(
         jnp.pad(values, ((0, 0), (0, -k % TILE_K))),
         scales,
         tiled,
@@ -83,7 +89,9 @@ def reports(tmp_path_factory):
         "gelu": shape | {"activation": "gelu"},
         "float32": shape | {"out_dtype": "float32"},
         "few rows": {"m": 40, "n": 5120, "k": 5120},
+        "few rows of float32": {"m": 64, "n": 200, "k": 800, "out_dtype": "float32"},
         "bf16": shape | {"mode": BF16},
+        "few rows in bf16": shape | {"m": 64, "mode": BF16},
     }
     folder = tmp_path_factory.mktemp("dumps")
     return dict(zip(cases, deviceless.compiled(folder, list(cases.values())), strict=True))
@@ -144,9 +152,11 @@ def test_rows_of_another_width_are_refused():
 def test_the_heuristic_fits(mode, m):
     config = heuristic(mode, m, 5120, out_bytes=4)
     assert config.shared_memory(4) <= SHARED_MEMORY
-    assert config.stages * config.x_bytes >= 3 and config.tile_m < m + 64
+    assert config.stages * config.x_bytes >= 3
+    assert isinstance(config, FewConfig) == (m <= 64)
+    assert (config.rows if m <= 64 else config.tile_m) < m + 64
 
 
-@pytest.mark.parametrize("m, n, cluster", [(4096, 5120, 2), (4096, 128, 1), (64, 5120, 1)])
+@pytest.mark.parametrize("m, n, cluster", [(4096, 5120, 2), (4096, 128, 1), (65, 5120, 2)])
 def test_only_blocks_with_a_partner_share_rows(m, n, cluster):
     assert heuristic("fast", m, n).cluster == cluster

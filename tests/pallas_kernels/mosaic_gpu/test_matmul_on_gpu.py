@@ -10,7 +10,7 @@ import pytest
 
 import sdq
 from pallas_kernels import device, quantized_matmul, which
-from pallas_kernels.mosaic_gpu.config import MODES, fitted, heuristic
+from pallas_kernels.mosaic_gpu.config import MODES, FewConfig, fitted, heuristic
 from pallas_kernels.mosaic_gpu.operands import tile_weight
 
 pytestmark = pytest.mark.skipif(not device.current().is_hopper, reason="needs a Hopper GPU")
@@ -55,6 +55,23 @@ def test_unquantised_rows_against_float64(rng, m, n, k, fmt):
     assert which(x, w).implementation == "mosaic_gpu"
     expected = np.asarray(x, np.float64) @ np.asarray(sdq.dequantize(w), np.float64).T
     assert relative(ours(x, w, out_dtype="float32"), expected) < 1e-5  # float32 sums
+
+
+@pytest.mark.parametrize("m", [1, 16, 40, 64])
+@pytest.mark.parametrize("n, k", [(5120, 5120), (200, 800), (13824, 96)])
+def test_few_rows_against_float64(rng, m, n, k):
+    x, w = quantised(rng, m, n, k)
+    assert relative(ours(x, w, out_dtype="float32"), exact(x, w)) < 1e-5
+    x = jnp.asarray(rng.randn(m, k), jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(sdq.dequantize(w), np.float64).T
+    assert relative(ours(x, w, out_dtype="float32"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"warpgroups": 1}, {"warpgroups": 3, "stages": 15}])
+def test_few_rows_however_they_are_cut(rng, change):
+    x, w = quantised(rng, 24, 1536, 1536)
+    config = dataclasses.replace(FewConfig(rows=24), **change)
+    np.testing.assert_allclose(ours(x, w, config=config), ours(x, w), rtol=2**-7, atol=1e-30)
 
 
 @pytest.mark.parametrize("change", [{}, {"cluster": 1}, {"tile_m": 128}, {"stages": 2}])

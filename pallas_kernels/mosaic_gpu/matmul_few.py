@@ -1,0 +1,202 @@
+"""The matmul of 4-bit weights and a few rows on Hopper: as fast as memory gives the weights.
+
+out^T = W x^T, a tile of 64 weight rows at a time, by all warpgroups of a block together: each
+multiplies some of the channels, and one adds up what they found. Each decodes and then multiplies;
+while one waits for its numbers, others work.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import products, products_plain
+from pallas_kernels.mosaic_gpu.config import (
+    PRODUCER_REGISTERS,
+    ROWS,
+    TILE_K,
+    FewConfig,
+    consumer_registers,
+)
+from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
+from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
+from pallas_kernels.mosaic_gpu.memory import following, load, swizzled
+from pallas_kernels.mosaic_gpu.operands import TiledWeight
+from pallas_kernels.mosaic_gpu.products import accumulator_layout
+from pallas_kernels.mosaic_gpu.tables import look_up_table
+
+
+def matmul_few(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: TiledWeight,
+    w_scale: jax.Array,
+    bias: jax.Array,
+    *,
+    activation: Callable[[jax.Array], jax.Array],
+    config: FewConfig,
+    out_dtype: Any,
+    num_sms: int,
+    interpret: Any = None,
+) -> jax.Array:
+    """As `matmul.matmul`, for up to `config.rows` rows of x."""
+    m, _ = x.shape
+    if x.dtype.itemsize != config.x_bytes or m > config.rows:
+        raise ValueError(f"config: {config} is not for {x.dtype}{list(x.shape)}")
+    n = w.words.shape[0]
+    table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
+    tiles, steps = n // ROWS, w.metadata.shape[0]
+    halves, sharing = w.halves, config.warpgroups
+    multiply: Any = products if interpret is None else products_plain
+
+    def kernel(
+        x_g, xs_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
+        x_s, words_s, metadata_s, table_s, sums_s, out_s, weights_s,
+        full, free, table_ready, sums_written, sums_read,
+    ):  # fmt: skip
+        group = lax.axis_index("warpgroup")
+        first, blocks = lax.axis_index("block"), lax.axis_size("block")
+        own = lax.div(tiles - first + blocks - 1, blocks)
+
+        def produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def fill(number, slot):
+                turn = lax.div(number, steps)
+                at_n, k = (first + turn * blocks) * ROWS, number - turn * steps
+
+                @pl.when(number >= config.stages)
+                def wait_until_read():
+                    plgpu.barrier_wait(free.at[slot])
+
+                for of, to in (
+                    (words_g.at[pl.ds(at_n, ROWS), pl.ds(k * 16, 16)], words_s),
+                    (metadata_g.at[k, pl.ds(at_n * halves, ROWS * halves)], metadata_s),
+                    (x_g.at[:, pl.ds(k * TILE_K, TILE_K)], x_s),
+                ):
+                    plgpu.copy_gmem_to_smem(of, to.at[slot], full.at[slot])
+                return following(slot, config.stages)
+
+            lax.fori_loop(0, own * steps, fill, 0)
+
+        def consume():
+            plgpu.set_max_registers(consumer_registers(sharing), action="increase")
+
+            @pl.when(group == 0)
+            def fetch_table():
+                plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
+
+            plgpu.barrier_wait(table_ready)
+
+            def operand(slot):
+                """Of `wgmma`: the weights of a slot."""
+                if interpret is None:
+                    words = load(words_s.at[slot], word_layout())
+                    parts = words, metadata_s.at[slot], table_s
+                    return add_signs(decode_magnitudes(*parts, halves=halves, dtype=x.dtype), words)
+                parts = words_s[slot], metadata_s[slot], table_s[...]
+                weights_s[group] = decoded(*parts, halves=halves, dtype=x.dtype)
+                plgpu.commit_smem()
+                return weights_s.at[group]
+
+            def tile(turn, number):
+                """A slot of this warpgroup is `number`: those that differ by `sharing`."""
+                end = (turn + 1) * steps
+
+                def step(_, state):
+                    total, number = state
+                    slot = lax.rem(number, config.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    product = multiply.begin(operand(slot), x_s.at[slot])
+                    (product,) = multiply.arrived(product, pending=0)
+                    plgpu.barrier_arrive(free.at[slot])
+                    return total + product, number + sharing
+
+                zeros = jnp.zeros((ROWS, config.rows), jnp.float32)
+                zeros = plgpu.layout_cast(zeros, accumulator_layout())
+                mine = lax.div(end - number + sharing - 1, sharing)
+                total, number = lax.fori_loop(0, mine, step, (zeros, number))
+                total = multiply.in_pairs(total)
+                for other in range(1, sharing):
+                    pl.when(group == other)(functools.partial(hand_over, total, other, turn))
+                pl.when(group == 0)(functools.partial(store, total, turn))
+                return number
+
+            def hand_over(total, other, turn):
+                """Give a warpgroup's sums to the first one."""
+
+                @pl.when(turn > 0)
+                def wait_until_read():
+                    plgpu.barrier_wait(sums_read)
+
+                sums_s[other - 1] = total
+                plgpu.barrier_arrive(sums_written)
+
+            def store(total, turn):
+                """Add up, and send the result out."""
+                at = pl.ds((first + turn * blocks) * ROWS, ROWS)
+                scales = (
+                    load(xs_g, BY_X),
+                    load(ws_g.at[at], BY_W),
+                    load(bias_g.at[at], BY_W),
+                )
+                if sharing > 1:
+                    plgpu.barrier_wait(sums_written)
+                    for other in range(sharing - 1):
+                        total = total + load(sums_s.at[other], plgpu.Layout.WGMMA)
+                    plgpu.barrier_arrive(sums_read)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store_transposed(out_s, finished(total, *scales, activation).astype(out_dtype))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s, out_g.at[:, at])
+
+            lax.fori_loop(0, own, tile, group)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        lax.cond(group == sharing, produce, consume)
+
+    ring = functools.partial(swizzled, stages=config.stages)
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((config.rows, n), out_dtype),
+        grid=(min(num_sms, tiles),),
+        grid_names=("block",),
+        num_threads=sharing + 1,
+        thread_name="warpgroup",
+        scratch_types=dict[str, Any](
+            x_s=ring((config.rows, TILE_K), x.dtype),
+            words_s=ring((ROWS, TILE_K // 8), jnp.uint32),
+            metadata_s=plgpu.SMEM((config.stages, ROWS * halves), jnp.uint32),
+            table_s=plgpu.SMEM(table.shape, jnp.uint32),
+            sums_s=swizzled((ROWS, config.rows), jnp.float32, stages=max(1, sharing - 1)),
+            out_s=swizzled((config.rows, ROWS), out_dtype),
+            weights_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
+            free=plgpu.Barrier(num_barriers=config.stages),
+            table_ready=plgpu.Barrier(),
+            sums_written=plgpu.Barrier(num_arrivals=max(1, sharing - 1)),
+            sums_read=plgpu.Barrier(),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+            unsafe_no_auto_barriers=True,  # all that shared memory holds has barriers of its own
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    more = config.rows - m
+    y = call(
+        jnp.pad(x, ((0, more), (0, 0))),
+        jnp.pad(x_scale, (0, more)),
+        w.words,
+        w.metadata,
+        table,
+        w_scale,
+        bias,
+    )
+    return y[:m]
