@@ -63,9 +63,9 @@ def quantized_attention(
     if causal is not None and causal < length:
         q, k, v, counts = (_blocks_filled(x, causal) for x in (q, k, v, counts))
         block = causal + -causal % KEYS
-    k = _centered(k, counts) if center else k
     if rotate:
         q, k = (hadamard(x, largest_group(x.shape[-1])) for x in (q, k))
+    k = _centered(k, counts) if center else k  # last, where it becomes a part of rounding
     # What does not count must not be the largest either.
     k, v = (jnp.where(counts[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
     operands = rounded(q, k, v, fmt_qk, fmt_pv)

@@ -2,7 +2,8 @@
 
     python -m scripts.bench_block --out docs/results
 
-Random weights, one video, 512 tokens of text, cuDNN's attention. SemanticDialect decomposes a tenth
+Random weights, one video, 512 tokens of text, cuDNN's attention; fp8 attention in "full_path", which
+is SemanticDialect for the rest. SemanticDialect decomposes a tenth
 of the tokens and shares sub-formatbooks at every input, which is more than a plan asks of most
 blocks; its step is one of those that neither look nor learn.
 """
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from models.common.attention import attention
+from models.common.full_path import FullPath
 from models.common.kernel_ops import on_kernels, tile_kernels
 from models.common.layers import Ops, matmul
 from models.common.quantizer import InputQuantizer, SiteRule
@@ -96,6 +98,7 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
         "bf16": (Ops(), params, None),
         "plain": (on_kernels(Ops(quantizer=InputQuantizer(RULES))), fewer, None),
         "semanticdialect": (on_kernels(Ops(quantizer=online)), fewer, state),
+        "full_path": (on_kernels(Ops(quantizer=online, attention=FullPath())), fewer, state),
     }
     timed: dict[str, Callable[[], Any]] = {}
     peaks = {}
@@ -127,7 +130,10 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
     keys = iter(jax.random.split(jax.random.key(2), 3 + len(SITES)))
     heads = (1, tokens, config.heads, config.head_width)
     q, k, v = (jax.random.normal(next(keys), heads, jnp.bfloat16) for _ in range(3))
-    found = {"self-attention": _milliseconds(attention, q, k, v)}
+    found = {
+        "self-attention": _milliseconds(attention, q, k, v),
+        "self-attention in fp8": _milliseconds(FullPath(), q, k, v),
+    }
     names = "linears in bf16", "linears in 4 bits", "quantising their inputs"
     found |= dict.fromkeys(names, 0.0)
     dense, quantised = (

@@ -2,13 +2,17 @@
 
 x W = (x H) (H^T W) for an orthogonal H, so rotating a linear's inputs and its kernel changes
 nothing but how hard both are to quantise. H is block-diagonal: one normalised Hadamard matrix for
-each group of channels, applied in log2(group) additions an element.
+each group of channels. It is applied as one or two small matrix products: log2(group) rounds of
+additions are fewer operations, but each would pass over memory, in float32.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+AT_ONCE = 128  # channels of a product
 
 
 def largest_group(width: int, limit: int = 1024) -> int:
@@ -34,14 +38,28 @@ def hadamard(x: jax.Array, group: int, axis: int = -1) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _rotated(x: jax.Array, group: int, axis: int) -> jax.Array:
-    width = x.shape[axis]
     moved = jnp.moveaxis(x, axis, -1)
-    y = moved.astype(jnp.float32).reshape(*moved.shape[:-1], width // group, group)
-    span = 1
-    while span < group:
-        pairs = y.reshape(*y.shape[:-1], group // (2 * span), 2, span)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        y = jnp.stack([first + second, first - second], axis=-2).reshape(y.shape)
-        span *= 2
+    inner = min(group, AT_ONCE)
+    y = moved.reshape(*moved.shape[:-1], -1, group // inner, inner)
+    y = _multiplied(y, _signs(inner), "...i,ij->...j")
+    if group > inner:  # the matrix is the Kronecker product of two smaller ones
+        y = _multiplied(y, _signs(group // inner), "...ki,kl->...li")
     y = (y * group**-0.5).reshape(moved.shape)
     return jnp.moveaxis(y.astype(x.dtype), -1, axis)
+
+
+def _multiplied(x: jax.Array, signs: np.ndarray, how: str) -> jax.Array:
+    """A product that is exact but for its float32 sums: ones of both signs are bf16 numbers too."""
+    return jnp.einsum(
+        how,
+        x,
+        jnp.asarray(signs, x.dtype),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _signs(size: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix: an odd number of common ones in both indices is a minus."""
+    common = np.arange(size)[:, None] & np.arange(size)
+    return 1 - 2 * (np.bitwise_count(common) & 1).astype(np.int8)
