@@ -2,10 +2,10 @@
 
     python -m scripts.bench_block --out docs/results
 
-Random weights, one video, 512 tokens of text, cuDNN's attention; fp8 attention in "full_path", which
-is SemanticDialect for the rest. SemanticDialect decomposes a tenth
-of the tokens and shares sub-formatbooks at every input, which is more than a plan asks of most
-blocks; its step is one of those that neither look nor learn.
+Random weights, one video, 512 tokens of text. SemanticDialect decomposes a tenth of the tokens and
+shares sub-formatbooks at every input, which is more than a plan asks of most blocks; its step is
+one of those that neither look nor learn. Attention is cuDNN's; in "full_path", otherwise the same,
+fp8.
 """
 
 import dataclasses
