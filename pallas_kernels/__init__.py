@@ -2,6 +2,7 @@
 
 from pallas_kernels.api import Explanation, quantized_matmul, supports, which
 from pallas_kernels.attention import quantized_attention
+from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -9,6 +10,7 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows
 
 __all__ = [
     "ACTIVATIONS",
+    "MODES",
     "Explanation",
     "Fp8Rows",
     "Quantized",

@@ -10,6 +10,7 @@ fp8.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from models.common.semantic import Decomposition, SemanticDialect, Sharing
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
-from pallas_kernels import TiledWeight, device, quantize_rows, quantized_matmul
+from pallas_kernels import MODES, TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import SETTLED, back_to_back_seconds, peak_bytes, side_by_side_seconds
 from sdq import Rule, quantize_params, resolve
@@ -94,12 +95,14 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
     online = semantic_dialect(config, grid, tokens)
     state = jax.tree.map(lambda part: part[0], online.initial_state(1, 1))
     state = online.at_step(online.at_step(state, jnp.int32(1)), jnp.int32(2))
-    ways: dict[str, tuple[Ops, Any, Any]] = {
-        "bf16": (Ops(), params, None),
-        "plain": (on_kernels(Ops(quantizer=InputQuantizer(RULES))), fewer, None),
-        "semanticdialect": (on_kernels(Ops(quantizer=online)), fewer, state),
-        "full_path": (on_kernels(Ops(quantizer=online, attention=FullPath())), fewer, state),
+    quantized = {
+        "plain": (Ops(quantizer=InputQuantizer(RULES)), None),
+        "semanticdialect": (Ops(quantizer=online), state),
+        "full_path": (Ops(quantizer=online, attention=FullPath()), state),
     }
+    ways: dict[str, tuple[Ops, Any, Any]] = {"bf16": (Ops(), params, None)}
+    for (name, (ops, memory)), mode in itertools.product(quantized.items(), MODES):
+        ways[f"{name}, {mode}"] = on_kernels(ops, mode), fewer, memory
     timed: dict[str, Callable[[], Any]] = {}
     peaks = {}
     for name, (ops, weights, memory) in ways.items():
@@ -134,8 +137,8 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
         "self-attention": _milliseconds(attention, q, k, v),
         "self-attention in fp8": _milliseconds(FullPath(), q, k, v),
     }
-    names = "linears in bf16", "linears in 4 bits", "quantising their inputs"
-    found |= dict.fromkeys(names, 0.0)
+    names = [f"linears in 4 bits, {mode}" for mode in MODES]
+    found |= dict.fromkeys(("linears in bf16", *names, "quantising their inputs"), 0.0)
     dense, quantised = (
         {path_of(at): leaf for at, leaf in _leaves(tree)} for tree in (params, fewer)
     )
@@ -148,7 +151,9 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
         found["quantising their inputs"] += _milliseconds(quantize, x)
         for path in kernels:
             found["linears in bf16"] += _milliseconds(matmul, x, dense[path])
-            found["linears in 4 bits"] += _milliseconds(quantized_matmul, rows, quantised[path])
+            for name, mode in zip(names, MODES, strict=True):
+                product = functools.partial(quantized_matmul, mode=mode)
+                found[name] += _milliseconds(product, rows, quantised[path])
     return found
 
 

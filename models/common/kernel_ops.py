@@ -13,26 +13,36 @@ from models.common import layers
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import SemanticDialect
-from pallas_kernels import Fp8Rows, TiledWeight, quantize_rows, quantized_matmul, tile_weight
+from pallas_kernels import (
+    MODES,
+    Fp8Rows,
+    TiledWeight,
+    quantize_rows,
+    quantized_matmul,
+    tile_weight,
+)
 from sdq import QTensor
 from sdq.rules import is_qtensor
 
 
-def on_kernels(ops: Ops) -> Ops:
+def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
     """The same Ops with kernels for rounding and products.
 
+    Args:
+      ops: what else they do stays.
+      mode: of the products, as in `quantized_matmul`. "fast" sums up on tensor cores alone, which
+        is as good as long as each row of a kernel has numbers of both signs, as trained ones do.
     Raises:
-      ValueError: blocks of inputs choose otherwise than in two stages.
+      ValueError: there is no such mode, or blocks of inputs choose otherwise than in two stages.
     """
+    ops = dataclasses.replace(ops, matmul=Products(mode))
     quantizer = ops.quantizer
     if not isinstance(quantizer, InputQuantizer | SemanticDialect):  # inputs stay bf16
-        return dataclasses.replace(ops, matmul=matmul)
+        return ops
     for rule in quantizer.rules:
         if rule.rule not in (None, "two_stage"):
             raise ValueError(f"select: kernels choose in two stages, not by {rule.rule!r}")
-    return dataclasses.replace(
-        ops, matmul=matmul, quantizer=dataclasses.replace(quantizer, rounding=rounding)
-    )
+    return dataclasses.replace(ops, quantizer=dataclasses.replace(quantizer, rounding=rounding))
 
 
 def rounding(
@@ -46,19 +56,36 @@ def rounding(
     return quantize_rows(x, rule.format, sub_formatbooks=sub_formatbooks, tokens=tokens)
 
 
-def matmul(
-    x: jax.Array | QTensor | Fp8Rows,
-    kernel: jax.Array | QTensor | TiledWeight,
-    *,
-    bias: jax.Array | None = None,
-    activation: str | None = None,
-) -> jax.Array:
-    """As `layers.matmul`; fp8 rows and weights that are tiled are multiplied by a kernel."""
-    if isinstance(kernel, TiledWeight) or (isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)):
-        return quantized_matmul(x, kernel, bias=bias, activation=activation)
-    if isinstance(x, Fp8Rows):
-        raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
-    return layers.matmul(x, kernel, bias=bias, activation=activation)
+@dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True)
+class Products:
+    """For `Ops.matmul`: as `layers.matmul`, but kernels multiply fp8 rows and tiled weights.
+
+    Attributes:
+      mode: of `quantized_matmul`.
+    """
+
+    mode: str = "accurate"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+
+    def __call__(
+        self,
+        x: jax.Array | QTensor | Fp8Rows,
+        kernel: jax.Array | QTensor | TiledWeight,
+        *,
+        bias: jax.Array | None = None,
+        activation: str | None = None,
+    ) -> jax.Array:
+        """activation(x kernel + bias)."""
+        if isinstance(kernel, TiledWeight) or (
+            isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)
+        ):
+            return quantized_matmul(x, kernel, bias=bias, activation=activation, mode=self.mode)
+        if isinstance(x, Fp8Rows):
+            raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
+        return layers.matmul(x, kernel, bias=bias, activation=activation)
 
 
 def tile_kernels(params: Any) -> Any:

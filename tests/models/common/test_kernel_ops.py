@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.kernel_ops import matmul, on_kernels, tile_kernels
+from models.common.kernel_ops import Products, on_kernels, tile_kernels
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import Decomposition, SemanticDialect, Sharing
@@ -75,9 +75,25 @@ def test_inputs_in_bf16_take_the_kernel_too(quantised):
     tiled = tile_kernels(quantised)["blocks"]["ffn"]["up"]["kernel"]
     one = jax.tree.map(lambda part: part[0], tiled)
     x = jnp.ones((2, tiled.shape[-2]), jnp.float32)
-    assert on_kernels(Ops()).matmul is matmul and isinstance(one, TiledWeight)
+    assert on_kernels(Ops(), "fast").matmul == Products("fast") and isinstance(one, TiledWeight)
     with pytest.raises(ValueError, match="no implementation fits"):  # without a Hopper GPU
-        matmul(x, one)
+        Products()(x, one)
+
+
+def test_the_mode_reaches_the_kernel(quantised, monkeypatch):
+    asked = []
+
+    def product(x, kernel, *, mode, **_):
+        asked.append(mode)
+        return jnp.ones((*x.shape[:-1], kernel.shape[-1]), x.dtype)
+
+    monkeypatch.setattr("models.common.kernel_ops.quantized_matmul", product)
+    for mode in ("fast", "accurate"):
+        run(quantised, PLAIN, on_kernels(Ops(quantizer=PLAIN), mode), steps=1)
+        assert set(asked) == {mode}
+        asked.clear()
+    with pytest.raises(ValueError, match="expected one of fast, accurate, got 'faster'"):
+        on_kernels(Ops(), "faster")
 
 
 def test_what_no_kernel_does_says_so(quantised):
@@ -90,7 +106,7 @@ def test_what_no_kernel_does_says_so(quantised):
         dtype=np.dtype(jnp.bfloat16),
     )
     with pytest.raises(ValueError, match="no kernel multiplies Fp8Rows"):
-        matmul(rows, jnp.ones((32, 8)))
+        Products()(rows, jnp.ones((32, 8)))
     ops = on_kernels(Ops(quantizer=InputQuantizer((SiteRule("blocks/.*", "int8"),))))
     with pytest.raises(ValueError, match="int8 numbers are not fp8 numbers"):
         run(quantised, ops.quantizer, ops, steps=1)
