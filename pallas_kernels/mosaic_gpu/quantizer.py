@@ -4,17 +4,16 @@ One pass over memory: 2 bytes of an element are read, 1 is written. The result i
 `sdq.quantize(x, fmt, select="two_stage")` to the last bit, NaN and Inf included.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic_gpu.operands import STEP
+from pallas_kernels.mosaic_gpu.ptx_kernel import run
 from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
 from pallas_kernels.mosaic_gpu.quantizer_program import program
 from pallas_kernels.mosaic_gpu.quantizer_tables import element_table
@@ -161,7 +160,7 @@ def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Written:
         empty = [jnp.zeros(part.shape, part.dtype) for part in out_type]
         return _written(**dict(zip(names, empty, strict=True)))
     call = plgpu.kernel(
-        lambda *refs, shared: _emit(task, (*refs, shared)),
+        functools.partial(run, program(task)),
         out_type=out_type,
         grid=(min(num_sms, -(-(m + n) // task.rows_at_once)),),
         grid_names=("block",),
@@ -189,23 +188,6 @@ def _written(
     if residual_values is not None and residual_exponents is not None:
         residuals = rows(residual_values, residual_exponents)
     return Written(rows(values, exponents), residuals, metadata)
-
-
-def _emit(task: Task, refs: tuple[Any, ...]) -> None:
-    """The program, with the refs' addresses for its arguments."""
-    text = program(task)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-    def body(_, *refs):
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-        pointers = [utils.memref_ptr(ref) for ref in refs]
-        addresses = [llvm.ptrtoint(i64, pointer) for pointer in pointers[:-1]]
-        addresses.append(llvm.ptrtoint(i32, pointers[-1]))
-        constraints = "l," * (len(refs) - 1) + "r,~{memory}"
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, addresses, text, constraints, has_side_effects=True)
-
-    body(*refs)
 
 
 def _check_sub_formatbooks(sub: SubFormatbooks, task: Task) -> None:

@@ -221,9 +221,36 @@ def compile_attention(
     _compile(attended, *operands)
 
 
+def compile_heads(what: str, heads: int, width: int, videos: int = 1, norm: bool = True) -> None:
+    """Queries or keys of 4096 tokens, turned and rotated."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import device
+    from pallas_kernels.mosaic_gpu.heads import Norm, Rope, keys, queries
+
+    def prepared(x: Any, gain: Any, cos: Any, sin: Any, center: Any) -> Any:
+        common: dict[str, Any] = {"rope": Rope(cos, sin), "rotate": True}
+        common |= {"norm": Norm(gain, 1e-6) if norm else None, "num_sms": device.current().cores}
+        if what == "queries":
+            return queries(x, heads, **common)
+        return keys(x, heads, center=center, **common)
+
+    channels, angles = heads * width, jax.ShapeDtypeStruct((4096, width // 2), jnp.float32)
+    _compile(
+        prepared,
+        jax.ShapeDtypeStruct((videos, 4096, channels), jnp.bfloat16),
+        jax.ShapeDtypeStruct((channels,), jnp.float32),
+        angles,
+        angles,
+        jax.ShapeDtypeStruct((videos, channels), jnp.float32),
+    )
+
+
 COMPILERS = {
     "matmul": compile_matmul,
     "quantizer": compile_quantizer,
+    "heads": compile_heads,
     "attention": compile_attention,
 }
 

@@ -282,6 +282,12 @@ def _pair_of_reals(high, low):
         return reals.astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0].astype(np.uint64)
 
 
+def _pair_of_e4m3(high, low):
+    reals = np.stack(_words(low, high), axis=-1).view(np.float32)
+    bytes_ = np.clip(reals, -448, 448).astype(ml_dtypes.float8_e4m3fn)  # NaN stays
+    return bytes_.view(np.uint16)[:, 0].astype(np.uint64)
+
+
 def _half_times(a, by, plus):
     low = (a & np.uint64(0xFFFF)) * (by & np.uint64(0xFF))
     return low + (a >> np.uint64(16)) * ((by >> np.uint64(8)) & np.uint64(0xFF)) + plus
@@ -328,6 +334,7 @@ OPERATIONS = {
     "ex2.approx.ftz.f32": _on_reals(np.exp2),
     "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),
     "cvt.rn.bf16x2.f32": _pair_of_reals,
+    "cvt.rn.satfinite.e4m3x2.f32": _pair_of_e4m3,
     "dp2a.lo.u32.u32": _on_words(_half_times),
     "max.NaN.xorsign.abs.bf16x2": _by_halves(_larger_magnitude),
     "fma.rn.bf16x2": _on_halves(ml_dtypes.bfloat16, lambda a, b, c: a * b + c),
