@@ -169,7 +169,7 @@ def _scale(p: Program, task: Task, words: Sequence[Sequence[Register]]) -> Regis
     matrix = task.width**-0.5 if task.rotate else 1.0
     if task.eps is None:
         return p.copy(real(matrix)) if task.rotate else None
-    numbers = [number for of_head in words for word in of_head for number in _numbers(p, word)]
+    numbers = [number for of_head in words for word in of_head for number in p.pair_as_reals(word)]
     mean = p.let(
         "mul.rn.f32", p.warp_sum(_sum_of_squares(p, numbers)), real(1 / (task.heads * task.width))
     )
@@ -278,13 +278,11 @@ def _each(
     return [p.let(instruction, x, y) for x, y in zip(a, b, strict=True)]
 
 
-def _numbers(p: Program, word: Register) -> list[Register]:
-    """A pair of bf16 as float32."""
-    return [p.shift_left(word, 16), p.both(word, 0xFFFF0000)]
-
-
 def _unpacked(p: Program, word: Register) -> list[Register]:
-    """The same by other instructions: else the compiler would keep all numbers from the norm on."""
+    """As `pair_as_reals`, by other instructions.
+
+    Else the compiler would keep all numbers in registers from the norm on.
+    """
     return [p.permute(word, 0, 0x1044), p.permute(word, 0, 0x3244)]
 
 

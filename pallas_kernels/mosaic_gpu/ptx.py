@@ -118,6 +118,10 @@ class Program:
         """max(|a|, |b|) of each half, NaN where there is one; the signs mean nothing."""
         return self.let("max.NaN.xorsign.abs.bf16x2", a, b)
 
+    def pair_as_reals(self, word: Register) -> list[Register]:
+        """Both as float32, the lower half first."""
+        return [self.shift_left(word, 16), self.both(word, 0xFFFF0000)]
+
     def pair_multiply_add(self, a: Register, b: Register, c: Register) -> Register:
         """a b + c of each half, rounded once. Takes no constants."""
         return self.let("fma.rn.bf16x2", a, b, c)

@@ -65,7 +65,7 @@ def normalise(
                 low, high = (
                     p.let("fma.rn.f32", p.let("mul.rn.f32", x, inverse), gain, shift)
                     for x, gain, shift in zip(
-                        _less(p, _numbers(p, word), mean),
+                        _less(p, p.pair_as_reals(word), mean),
                         gains[2 * half : 2 * half + 2],
                         shifts[2 * half : 2 * half + 2],
                         strict=True,
@@ -85,7 +85,7 @@ def _mean_of_row(
 
 
 def _sum(p: Program, words: Sequence[Register]) -> Register:
-    numbers = [number for word in words for number in _numbers(p, word)]
+    numbers = [number for word in words for number in p.pair_as_reals(word)]
     return functools.reduce(lambda a, b: p.let("add.rn.f32", a, b), numbers)
 
 
@@ -93,14 +93,9 @@ def _sum_of_squares(p: Program, words: Sequence[Register], mean: Register) -> Re
     """Of the differences from the mean."""
     total = real(0)
     for word in words:
-        for number in _less(p, _numbers(p, word), mean):
+        for number in _less(p, p.pair_as_reals(word), mean):
             total = p.let("fma.rn.f32", number, number, total)
     return total
-
-
-def _numbers(p: Program, word: Register) -> list[Register]:
-    """A pair of bf16 as float32."""
-    return [p.shift_left(word, 16), p.both(word, 0xFFFF0000)]
 
 
 def _less(p: Program, numbers: Sequence[Register], mean: Register) -> list[Register]:
