@@ -7,12 +7,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.mosaic_gpu import attention_plain
-from pallas_kernels.mosaic_gpu.attention_operands import KEYS, Rounded, arranged, rounded
+from pallas_kernels.mosaic_gpu.attention_operands import KEYS, WIDTHS, Rounded, arranged, rounded
 from sdq import formats
 from sdq.rotate import hadamard, largest_group
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference", "plain")  # the first that fits is taken
-WIDTHS = (64, 128)  # of a head, that mosaic_gpu knows
 KEYS_AT_ONCE = 512  # whose scores the reference holds
 
 

@@ -31,7 +31,7 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
     Args:
       ops: what else they do stays.
       mode: of the products, as in `quantized_matmul`. "fast" sums up on tensor cores alone, which
-        is as good as long as each row of a kernel has numbers of both signs, as trained ones do.
+        is as good where signs mix in each row of a kernel; nobody checks that they do.
     Raises:
       ValueError: there is no such mode, or blocks of inputs choose otherwise than in two stages.
     """

@@ -18,6 +18,7 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows, row_scales
 from sdq import quantize
 from sdq.numerics import exponent_of, largest_magnitude, power_of_two, times_power_of_two
 
+WIDTHS = (64, 128)  # of a head, that the kernels know
 QUERIES = 8  # are copied at once
 KEYS = 128  # of a tile
 E4M3 = jnp.float8_e4m3fn

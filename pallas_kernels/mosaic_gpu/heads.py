@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.attention_operands import E4M3, NORM_TOP, Rounded
+from pallas_kernels.mosaic_gpu.attention_operands import E4M3, NORM_TOP, WIDTHS, Rounded
 from pallas_kernels.mosaic_gpu.heads_program import KEYS, NORMS, QUERIES, Task, program
 from pallas_kernels.mosaic_gpu.ptx_kernel import run
 from sdq.numerics import exponent_of, power_of_two
 
-WIDTHS = (64, 128)
 WORDS_OF_16_WARPS = 48  # that a lane may hold of x, or registers spill
 WORDS_OF_12_WARPS = 80
 

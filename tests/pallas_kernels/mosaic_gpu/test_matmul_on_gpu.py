@@ -71,7 +71,8 @@ def test_few_rows_against_float64(rng, m, n, k):
 def test_few_rows_however_they_are_cut(rng, change):
     x, w = quantised(rng, 24, 1536, 1536)
     config = dataclasses.replace(FewConfig(rows=24), **change)
-    np.testing.assert_allclose(ours(x, w, config=config), ours(x, w), rtol=2**-7, atol=1e-30)
+    # Float32 results: only the order of sums differs.
+    assert relative(ours(x, w, config=config), np.asarray(ours(x, w), np.float64)) < 1e-5
 
 
 @pytest.mark.parametrize("change", [{}, {"cluster": 1}, {"tile_m": 128}, {"stages": 2}])
