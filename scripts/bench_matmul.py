@@ -225,19 +225,26 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     where = results.environment("bench_matmul", copy=f"{bandwidth / 1e12:.2f} TB/s")
     speeds: list[Speed] = []
-    wrong = {f"M = {m}, K = {k}, N = {n}": errors(m, k, n) for m, k, n in ERROR_SIZES}
-    for linear in LINEARS:
-        if args.only not in str(linear):
-            continue
-        speeds.append(speed(linear, bandwidth))
-        print(json.dumps(dataclasses.asdict(speeds[-1])), flush=True)
+    wrong: dict[str, dict[str, dict[str, float]]] = {}
+
+    def keep() -> None:
+        """What was measured so far."""
         document = {
             "environment": where,
             "speed": [dataclasses.asdict(row) for row in speeds],
             "error": wrong,
         }
-        if args.out:  # after each, so that what was measured stays
+        if args.out:
             results.write(args.out, "matmul_hopper", to_markdown(speeds, wrong, where), document)
+
+    for linear in LINEARS:
+        if args.only in str(linear):
+            speeds.append(speed(linear, bandwidth))
+            print(json.dumps(dataclasses.asdict(speeds[-1])), flush=True)
+            keep()
+    for m, k, n in ERROR_SIZES:
+        wrong[f"M = {m}, K = {k}, N = {n}"] = errors(m, k, n)
+        keep()
     print(to_markdown(speeds, wrong, where))
 
 
