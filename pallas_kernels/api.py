@@ -11,7 +11,7 @@ from pallas_kernels import device, reference, tuning, xla_fp8
 from pallas_kernels.mosaic_gpu import operands, tables
 from pallas_kernels.mosaic_gpu.config import BF16, MODES, Config, FewConfig
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
-from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave, row_scales
+from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave
 from sdq import QTensor
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla_fp8", "reference")  # the first that fits is taken
@@ -158,20 +158,18 @@ def _mosaic_gpu(
     from pallas_kernels.mosaic_gpu.matmul import matmul  # takes a second to import
     from pallas_kernels.mosaic_gpu.matmul_few import matmul_few
 
-    values, scales = _kernel_rows(x)
+    values, exponents = _kernel_rows(x)
     tiled = w if isinstance(w, TiledWeight) else operands.tile_weight(w)
     n, (*lead, k) = rows_of(w), values.shape
     values = values.reshape(-1, k)
     m = len(values)
     fill_m, fill_n, fill_k = -m % operands.TILE_M, -n % operands.TILE_N, -k % operands.TILE_K
-    bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
     product: Any = matmul_few if isinstance(config, FewConfig) else matmul
     y = product(
         jnp.pad(values, ((0, fill_m), (0, fill_k))),
-        jnp.pad(scales.reshape(-1), (0, fill_m)),
+        None if exponents is None else jnp.pad(exponents.reshape(-1), (0, fill_m)),
         tiled,
-        row_scales(tiled.exponents, bad=jnp.nan),
-        jnp.pad(bias, (0, fill_n)),
+        None if bias is None else jnp.pad(bias.astype(jnp.float32), (0, fill_n)),
         activation=reference.ACTIVATIONS[activation],
         config=config,
         out_dtype=out_dtype,
@@ -180,13 +178,13 @@ def _mosaic_gpu(
     return y[:m, :n].reshape(*lead, n)
 
 
-def _kernel_rows(x: jax.Array | QTensor | Fp8Rows) -> tuple[jax.Array, jax.Array]:
-    """Rows `[..., K]` in the kernel's order, and what each is to be multiplied with."""
+def _kernel_rows(x: jax.Array | QTensor | Fp8Rows) -> tuple[jax.Array, jax.Array | None]:
+    """Rows `[..., K]` in the kernel's order, and their exponents."""
     if not isinstance(x, QTensor | Fp8Rows):
-        return interleave(jnp.asarray(x), run=2), jnp.ones(x.shape[:-1], jnp.float32)
+        return interleave(jnp.asarray(x), run=2), None
     rows = fp8_rows(x) if isinstance(x, QTensor) else x
     values = rows.values if rows.interleaved else interleave(rows.values)
-    return values, row_scales(rows.exponents, bad=1.0)
+    return values, rows.exponents
 
 
 def _check(

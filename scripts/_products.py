@@ -15,12 +15,12 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows
 from pallas_kernels.workloads import Linear
 
 FORMAT = "sdq32:16"
-LAYERS = 8  # that a call for few rows multiplies with: alone they would be dispatched too slowly
+FEW_PRODUCTS, FEW_WEIGHTS = 64, 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Operands:
-    """One of each layer.
+    """Rows of every product of a call, and as many weights as it has.
 
     Attributes:
       x: bf16 `[M, K]`.
@@ -38,29 +38,45 @@ class Operands:
 
 
 def operands(linear: Linear) -> Operands:
-    """Random numbers, for `layers(linear)` products."""
+    """Random numbers."""
     quantize = jax.jit(functools.partial(sdq.quantize, fmt=FORMAT, select="two_stage"))
     found = Operands(x=[], w=[], rows=[], weights=[], tiled=[])
-    for seed in range(layers(linear)):
-        keys = jax.random.split(jax.random.key(seed))
-        x = jax.random.normal(keys[0], (linear.m, linear.k), jnp.bfloat16)
-        w = jax.random.normal(keys[1], (linear.n, linear.k), jnp.bfloat16)
+    for key in jax.random.split(jax.random.key(0), products(linear)):
+        x = jax.random.normal(key, (linear.m, linear.k), jnp.bfloat16)
         rows = jax.jit(fp8_rows)(quantize(x))
-        weight = quantize(w)
         found.x.append(x)
-        found.w.append(w)
         # Called interleaved because any order of channels will do here.
         found.rows.append(dataclasses.replace(rows, interleaved=True))
+    for key in jax.random.split(jax.random.key(1), weights(linear)):
+        w = jax.random.normal(key, (linear.n, linear.k), jnp.bfloat16)
+        weight = quantize(w)
+        found.w.append(w)
         found.weights.append(weight)
         found.tiled.append(tile_weight(weight))
     return found
 
 
-def layers(linear: Linear) -> int:
-    """Products of one call, each with a weight of its own: more than a cache holds."""
-    return LAYERS if linear.m <= FEW else 1
+def products(linear: Linear) -> int:
+    """Of a call: of few rows many, because less would be dispatched more slowly than it runs."""
+    return FEW_PRODUCTS if linear.m <= FEW else 1
 
 
-def all_layers(product: Callable[..., Any]) -> Any:
-    """A product of each layer's operands in one program."""
-    return jax.jit(lambda *operands: list(map(product, *operands)))
+def weights(linear: Linear) -> int:
+    """Of a call; of those that are read for few rows more than a cache holds."""
+    return FEW_WEIGHTS if linear.m <= FEW else 1
+
+
+def program(product: Callable[..., Any]) -> Any:
+    """All products of a call, from a list of x and lists of weights."""
+    once = jax.jit(product)
+
+    def call(x: list[Any], *others: list[Any]) -> list[Any]:
+        found: list[Any] = []
+        for first in range(0, len(x), len(others[0])):
+            # In turn, else XLA makes one product of all that share a weight.
+            turn = x[first : first + len(others[0])]
+            turn, found = jax.lax.optimization_barrier((turn, found))
+            found += map(once, turn, *others)
+        return found
+
+    return jax.jit(call)

@@ -1,9 +1,10 @@
 """How long a call takes, and how much memory a compiled program asks for."""
 
+import concurrent.futures
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,23 @@ import jax.numpy as jnp
 # Seconds of one work after which a GPU at its power limit has found its clock (H100). Queues of
 # 20 ms still run at their predecessor's: bf16 after fp8 looks up to a tenth slower than alone.
 SETTLED = 0.25
+
+
+AT_ONCE = 8  # compilations
+
+
+def compiled(
+    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
+) -> list[Any]:
+    """Functions, jitted or not, compiled for their arguments, several at once."""
+
+    def one(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+        function, arguments = call
+        jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+        return jitted.lower(*arguments).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(one, calls))
 
 
 def median_seconds(function: Callable, runs: int) -> float:

@@ -30,7 +30,13 @@ from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
 from pallas_kernels import MODES, TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
-from scripts._timing import SETTLED, back_to_back_seconds, peak_bytes, side_by_side_seconds
+from scripts._timing import (
+    SETTLED,
+    back_to_back_seconds,
+    compiled,
+    peak_bytes,
+    side_by_side_seconds,
+)
 from sdq import Rule, quantize_params, resolve
 from sdq.rules import path_of
 
@@ -103,18 +109,20 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
     ways: dict[str, tuple[Ops, Any, Any]] = {"bf16": (Ops(), params, None)}
     for (name, (ops, memory)), mode in itertools.product(quantized.items(), MODES):
         ways[f"{name}, {mode}"] = on_kernels(ops, mode), fewer, memory
-    timed: dict[str, Callable[[], Any]] = {}
-    peaks = {}
-    for name, (ops, weights, memory) in ways.items():
 
-        def run(weights: Any, x: Any, text: Any, modulation: Any, memory: Any, ops: Ops = ops):
-            inputs = (x, text, None, modulation, rope, memory)
-            return Block(config, ops).apply({"params": weights}, *inputs)
+    def run(ops: Ops, weights: Any, x: Any, text: Any, modulation: Any, memory: Any) -> Any:
+        inputs = (x, text, None, modulation, rope, memory)
+        return Block(config, ops).apply({"params": weights}, *inputs)
 
-        arguments = (weights, x, text, modulation, memory)
-        compiled = jax.jit(run).lower(*arguments).compile()
-        timed[name] = functools.partial(compiled, *arguments)
-        peaks[name] = peak_bytes(compiled) / 2**20
+    calls = {
+        name: (functools.partial(run, ops), (weights, x, text, modulation, memory))
+        for name, (ops, weights, memory) in ways.items()
+    }
+    programs = dict(zip(calls, compiled(list(calls.values())), strict=True))
+    peaks = {name: peak_bytes(program) / 2**20 for name, program in programs.items()}
+    timed: dict[str, Callable[[], Any]] = {
+        name: functools.partial(program, *calls[name][1]) for name, program in programs.items()
+    }
     seconds = side_by_side_seconds(timed, at_least=SETTLED)
     found = [
         Result(
@@ -133,12 +141,10 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
     keys = iter(jax.random.split(jax.random.key(2), 3 + len(SITES)))
     heads = (1, tokens, config.heads, config.head_width)
     q, k, v = (jax.random.normal(next(keys), heads, jnp.bfloat16) for _ in range(3))
-    found = {
-        "self-attention": _milliseconds(attention, q, k, v),
-        "self-attention in fp8": _milliseconds(FullPath(), q, k, v),
-    }
-    names = [f"linears in 4 bits, {mode}" for mode in MODES]
-    found |= dict.fromkeys(("linears in bf16", *names, "quantising their inputs"), 0.0)
+    calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("self-attention", attention, (q, k, v)),
+        ("self-attention in fp8", FullPath(), (q, k, v)),
+    ]
     dense, quantised = (
         {path_of(at): leaf for at, leaf in _leaves(tree)} for tree in (params, fewer)
     )
@@ -148,18 +154,19 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
         x = jax.random.normal(next(keys), shape, jnp.bfloat16)
         quantize = functools.partial(quantize_rows, fmt=FORMAT)
         rows = jax.jit(quantize)(x).rows
-        found["quantising their inputs"] += _milliseconds(quantize, x)
+        calls.append(("quantising their inputs", quantize, (x,)))
         for path in kernels:
-            found["linears in bf16"] += _milliseconds(matmul, x, dense[path])
-            for name, mode in zip(names, MODES, strict=True):
+            calls.append(("linears in bf16", matmul, (x, dense[path])))
+            for mode in MODES:
                 product = functools.partial(quantized_matmul, mode=mode)
-                found[name] += _milliseconds(product, rows, quantised[path])
+                name = f"linears in 4 bits, {mode}"
+                calls.append((name, product, (rows, quantised[path])))
+    programs = compiled([(function, arguments) for _, function, arguments in calls])
+    found: dict[str, float] = dict.fromkeys((name for name, *_ in calls), 0.0)
+    for (name, _, arguments), program in zip(calls, programs, strict=True):
+        call = functools.partial(program, *arguments)
+        found[name] += 1e3 * back_to_back_seconds(call, runs=3, at_least=SETTLED)
     return found
-
-
-def _milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
-    call = functools.partial(jax.jit(function), *arguments)
-    return 1e3 * back_to_back_seconds(call, runs=3, at_least=SETTLED)
 
 
 def _leaves(tree: Any) -> Any:

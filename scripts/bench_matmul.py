@@ -25,7 +25,15 @@ from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.rows import fp8_rows
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._products import FORMAT, LAYERS, all_layers, layers, operands
+from scripts._products import (
+    FEW_PRODUCTS,
+    FEW_WEIGHTS,
+    FORMAT,
+    operands,
+    products,
+    program,
+    weights,
+)
 from scripts._timing import SETTLED, copy_bandwidth, side_by_side_seconds
 from sdq import formats
 
@@ -53,7 +61,7 @@ class Speed:
 
 
 def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
-    """A call of each way to multiply, on random numbers; `layers(linear)` products each.
+    """A call of each way to multiply, on random numbers.
 
     bf16 products get them unquantised: numbers of four significant bits would draw less power, and
     a GPU at its limit would multiply them up to a tenth faster.
@@ -61,7 +69,7 @@ def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
     made = operands(linear)
 
     def calls(product: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
-        return functools.partial(all_layers(product), *operands)
+        return functools.partial(program(product), *operands)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.dot_general(
@@ -93,7 +101,7 @@ def ways(linear: Linear) -> dict[str, Callable[[], Any]]:
 
 def speed(linear: Linear, bytes_per_second: float) -> Speed:
     """Time one workload in every way."""
-    count = layers(linear)
+    count = products(linear)
     seconds = side_by_side_seconds(ways(linear), runs=3, at_least=SETTLED)
     base = seconds.pop("XLA bf16")
     bits = formats.parse(FORMAT).bits_per_element
@@ -117,11 +125,11 @@ def torch_product(linear: Linear) -> Callable[[], Any] | None:
     def random(rows: int) -> Any:
         return torch.randn(rows, linear.k, device="cuda").to(torch.float8_e4m3fn)
 
-    made = [(random(linear.m), random(linear.n)) for _ in range(layers(linear))]
+    made = [(random(linear.m), random(linear.n)) for _ in range(weights(linear))]
     scales = [torch.ones(size, device="cuda") for size in ((linear.m, 1), (1, linear.n))]
 
     def product() -> types.SimpleNamespace:
-        for x, w in made:
+        for x, w in made * (products(linear) // len(made)):
             torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
         return types.SimpleNamespace(block_until_ready=torch.cuda.synchronize)
 
@@ -209,7 +217,7 @@ def to_markdown(
         f"`{FORMAT}` weights, fp8 rows, bf16 results. Ratios: times faster than XLA's bf16 "
         "product; XLA's and PyTorch's fp8 products read 8-bit weights. With bf16 rows: quantised "
         "first, the choice of dialects included; rows kept in bf16: only weights are quantised. "
-        f"Up to {FEW} tokens: {LAYERS} products a call, each with a weight of its own. "
+        f"Up to {FEW} tokens: {FEW_PRODUCTS} products a call, with {FEW_WEIGHTS} weights in turn. "
         "Least: the bytes that must move, at the speed of a copy.",
         *lines,
     )

@@ -7,7 +7,6 @@ are not measured again.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -21,10 +20,9 @@ from pallas_kernels.mosaic_gpu.config import BASES, BF16, Config, FewConfig, fit
 from pallas_kernels.tuning import as_entry, file_name
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._products import all_layers, layers, operands
-from scripts._timing import SETTLED, side_by_side_seconds
+from scripts._products import operands, products, program
+from scripts._timing import SETTLED, compiled, side_by_side_seconds
 
-AT_ONCE = 8  # compilations
 SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "fast": ({"tile_m": 256}, {"tile_m": 224}),
     "accurate": ({"tile_m": 192}, {"tile_m": 160}),
@@ -37,8 +35,8 @@ def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     base = heuristic(mode, m, n)
     yield base
     if isinstance(base, FewConfig):
-        for warpgroups, rounds in itertools.product((2, 3, 4, 5, 6), (2, 4)):
-            stages = warpgroups * rounds
+        for warpgroups, each in itertools.product((2, 3, 4, 5, 6), (2, 4)):
+            stages = warpgroups * each
             few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
             yield fitted(few, 2, most=stages)
         return
@@ -52,19 +50,16 @@ def measure(linear: Linear, mode: str) -> list[tuple[float, Config | FewConfig]]
     made = operands(linear)
     x: list[Any] = made.x if mode == BF16 else made.rows
     configs = list(dict.fromkeys(candidates(mode, linear.m, linear.n)))
-
-    def program(config: Config | FewConfig) -> Callable[..., Any]:
-        call = functools.partial(quantized_matmul, implementation="mosaic_gpu", config=config)
-        return all_layers(call).lower(x, made.tiled).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        programs = list(pool.map(program, configs))
+    ways = [
+        functools.partial(quantized_matmul, implementation="mosaic_gpu", config=config)
+        for config in configs
+    ]
+    programs = compiled([(program(way), (x, made.tiled)) for way in ways])
     calls: dict[str, Callable[[], Any]] = {
-        str(number): functools.partial(compiled, x, made.tiled)
-        for number, compiled in enumerate(programs)
+        str(number): functools.partial(one, x, made.tiled) for number, one in enumerate(programs)
     }
     seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED).values()
-    each = [one / layers(linear) for one in seconds]
+    each = [one / products(linear) for one in seconds]
     timed = sorted(zip(each, configs, strict=True), key=lambda pair: pair[0])
     for one, config in timed:
         print(f"  {1e3 * one:8.4f} ms  {config}", flush=True)

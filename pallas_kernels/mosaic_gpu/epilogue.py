@@ -14,24 +14,24 @@ BY_X = plgpu.Layout.WGMMA.reduce(0)  # and of x
 
 def finished(
     sums: jax.Array,
-    x_scale: jax.Array,
+    x_scale: jax.Array | None,
     w_scale: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """activation(sums w_scale x_scale + bias), float32 `[N, M]` in `plgpu.Layout.WGMMA`.
 
     Args:
       sums: of products, `[N, M]` in that layout.
-      x_scale: `[M]` in BY_X.
+      x_scale: `[M]` in BY_X, or None for ones.
       w_scale: `[N]` in BY_W.
-      bias: likewise.
+      bias: likewise, or None.
       activation: of single numbers.
     """
     shape = sums.shape
-    y = sums * lax.broadcast_in_dim(x_scale, shape, (1,))
+    y = sums if x_scale is None else sums * lax.broadcast_in_dim(x_scale, shape, (1,))
     y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
-    return activation(y + lax.broadcast_in_dim(bias, shape, (0,)))
+    return activation(y if bias is None else y + lax.broadcast_in_dim(bias, shape, (0,)))
 
 
 def store_transposed(ref: Any, y: jax.Array) -> None:

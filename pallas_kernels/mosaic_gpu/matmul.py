@@ -30,14 +30,14 @@ from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swiz
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
+from pallas_kernels.rows import row_scales
 
 
 def matmul(
     x: jax.Array,
-    x_scale: jax.Array,
+    x_exponents: jax.Array | None,
     w: TiledWeight,
-    w_scale: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     *,
     activation: Callable[[jax.Array], jax.Array],
     config: Config,
@@ -45,14 +45,13 @@ def matmul(
     num_sms: int,
     interpret: Any = None,
 ) -> jax.Array:
-    """activation((x x_scale) (w w_scale)^T + bias).
+    """activation((x 2^x_exponents) w^T + bias).
 
     Args:
       x: e4m3 or bf16 `[M, K]`, interleaved; whole tiles, as w.
-      x_scale: float32 `[M]`, of the rows.
+      x_exponents: int8 `[M]`, of the rows; None: all zero.
       w: the weight, of N rows with those that fill the last tile.
-      w_scale: float32 `[N]`.
-      bias: float32 `[N]`.
+      bias: float32 `[N]`, or None.
       activation: of single numbers.
       config: how.
       out_dtype: of the result.
@@ -287,14 +286,15 @@ def matmul(
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
+    scales = jnp.ones(m) if x_exponents is None else row_scales(x_exponents, bad=1.0)
     return call(
         x,
-        _padded(x_scale, config.tile_m, x_scales - config.tile_m),
+        _padded(scales, config.tile_m, x_scales - config.tile_m),
         w.words,
         w.metadata,
         table,
-        _padded(w_scale, config.tile_n * config.cluster),
-        _padded(bias, config.tile_n * config.cluster),
+        _padded(w.scales, config.tile_n * config.cluster),
+        _padded(jnp.zeros(n) if bias is None else bias, config.tile_n * config.cluster),
     )
 
 

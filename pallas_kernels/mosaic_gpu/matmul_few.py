@@ -29,14 +29,14 @@ from pallas_kernels.mosaic_gpu.memory import following, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
+from sdq.numerics import power_of_two
 
 
 def matmul_few(
     x: jax.Array,
-    x_scale: jax.Array,
+    x_exponents: jax.Array | None,
     w: TiledWeight,
-    w_scale: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     *,
     activation: Callable[[jax.Array], jax.Array],
     config: FewConfig,
@@ -55,7 +55,7 @@ def matmul_few(
     multiply: Any = products if interpret is None else products_plain
 
     def kernel(
-        x_g, xs_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
+        x_g, xe_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
         x_s, words_s, metadata_s, table_s, sums_s, out_s, weights_s,
         full, free, table_ready, sums_written, sums_read,
     ):  # fmt: skip
@@ -140,10 +140,10 @@ def matmul_few(
             def store(total, turn):
                 """Add up, and send the result out."""
                 at = pl.ds((first + turn * blocks) * ROWS, ROWS)
-                scales = (
-                    load(xs_g, BY_X),
+                scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
+                of_w = (
                     load(ws_g.at[at], BY_W),
-                    load(bias_g.at[at], BY_W),
+                    None if bias_g is None else load(bias_g.at[at], BY_W),
                 )
                 if sharing > 1:
                     plgpu.barrier_wait(sums_written)
@@ -151,7 +151,7 @@ def matmul_few(
                         total = total + load(sums_s.at[other], plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(sums_read)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store_transposed(out_s, finished(total, *scales, activation).astype(out_dtype))
+                store_transposed(out_s, finished(total, scale, *of_w, activation).astype(out_dtype))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, out_g.at[:, at])
 
@@ -192,11 +192,11 @@ def matmul_few(
     more = config.rows - m
     y = call(
         jnp.pad(x, ((0, more), (0, 0))),
-        jnp.pad(x_scale, (0, more)),
+        None if x_exponents is None else jnp.pad(x_exponents, (0, more)),
         w.words,
         w.metadata,
         table,
-        w_scale,
+        w.scales,
         bias,
     )
     return y[:m]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import tables
 from pallas_kernels.mosaic_gpu.config import TILE_K
+from pallas_kernels.rows import row_scales
 from sdq import QTensor, qtensor
 from sdq.formats import Format
 
@@ -36,7 +37,7 @@ class TiledWeight:
     Attributes:
       words: codes, uint32 `[rows, tiles * 16]`.
       metadata: uint32 `[tiles, rows * halves]`, a row's halves side by side.
-      exponents: of the rows, int8 `[rows]`.
+      scales: powers of two, float32 `[rows]`; NaN for a row that held NaN or Inf.
       format: of the numbers.
       count: N; rows is the next multiple of TILE_N.
       length: K.
@@ -44,7 +45,7 @@ class TiledWeight:
 
     words: jax.Array
     metadata: jax.Array
-    exponents: jax.Array
+    scales: jax.Array
     format: Format = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})
@@ -85,7 +86,7 @@ def tile_weight(q: QTensor) -> TiledWeight:
     return TiledWeight(
         words=_words(codes.reshape(*codes.shape[:-1], -1, 8)),
         metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
-        exponents=jnp.pad(exponents, (0, more)),
+        scales=jnp.pad(row_scales(exponents, bad=jnp.nan), (0, more)),
         format=q.format,
         count=count,
         length=q.length,
