@@ -1,23 +1,35 @@
 """quantized_attention: softmax(q k^T) v of fp8 operands, or of 4-bit ones, which are fp8 too."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.mosaic_gpu import attention_plain
-from pallas_kernels.mosaic_gpu.attention_operands import KEYS, WIDTHS, Rounded, arranged, rounded
+from pallas_kernels.mosaic_gpu.attention_operands import (
+    KEYS,
+    WIDTHS,
+    Operands,
+    Rounded,
+    arranged,
+    of_all_heads,
+    rounded,
+    slopes,
+)
+from pallas_kernels.projected import Projected, every, prepared, projected
 from sdq import formats
 from sdq.rotate import hadamard, largest_group
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference", "plain")  # the first that fits is taken
 KEYS_AT_ONCE = 512  # whose scores the reference holds
+KEYS_IN_MEAN = 4096  # that a mean is taken of
 
 
 def quantized_attention(
-    q: jax.Array,
-    k: jax.Array,
+    q: jax.Array | Projected,
+    k: jax.Array | Projected,
     v: jax.Array,
     *,
     fmt_qk: str | None = None,
@@ -33,16 +45,19 @@ def quantized_attention(
 
     Queries and keys are rounded in blocks along the width, values in blocks along the keys. Weights
     are kept in float32 by "reference" and rounded to e4m3 by "mosaic_gpu", and by "plain", which is
-    the same arithmetic in plain jnp and runs anywhere.
+    the same arithmetic in plain jnp and runs anywhere. What comes before rounding is computed in
+    float32, or with `fmt_qk` in q's dtype.
 
     Args:
-      q: `[B, S, H, D]`.
-      k: `[B, L, H, D]`.
-      v: like k.
+      q: `[B, S, H, D]`, or Projected: from bf16, without formats, mask and causal, all that comes
+        before the products is done by kernels then, in as few passes over memory as it takes.
+      k: `[B, L, H, D]`, likewise.
+      v: `[B, L, H, D]`.
       fmt_qk: dialect format of queries and keys, blocks choosing in two stages; None: e4m3, with an
         exponent for each query and for the keys of a head: as fast, and closer.
       fmt_pv: of the values, likewise; None: an exponent for each channel.
-      center: subtract the mean key before rounding, which changes no weight.
+      center: subtract a mean key before rounding, which changes no weight: of KEYS_IN_MEAN evenly
+        spaced ones, or of all if there are fewer.
       rotate: turn queries and keys by a Hadamard matrix before rounding, which changes no score.
       mask: bool `[B, L]`, which keys count; a query without any gets zeros.
       causal: tokens of a block, of which each sees its own block and those before; None: all see
@@ -58,36 +73,76 @@ def quantized_attention(
     _check(q, k, v, fmt_qk, fmt_pv, mask, causal, scale)
     chosen = _chosen(implementation, q)
     counts = jnp.ones(k.shape[:2], bool) if mask is None else mask
-    length, block = q.shape[1], None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    (_, length, heads, _), out_dtype, block = q.shape, q.dtype, None
+    everything = mask is None and causal is None and fmt_qk is None and fmt_pv is None
+    if chosen == "mosaic_gpu" and everything and _kernels_read(q, k, v):
+        return _attend(_by_kernels(q, k, v, center, rotate, scale), heads, None, out_dtype)[
+            :, :length
+        ]
+    mean = _mean_key(k, counts) if center else None
+    q, k = (prepared(x, jnp.float32 if fmt_qk is None else x.dtype) for x in (q, k))
     if causal is not None and causal < length:
         q, k, v, counts = (_blocks_filled(x, causal) for x in (q, k, v, counts))
         block = causal + -causal % KEYS
     if rotate:
-        q, k = (hadamard(x, largest_group(x.shape[-1])) for x in (q, k))
-    k = _centered(k, counts) if center else k  # last, where it becomes a part of rounding
+        group = largest_group(q.shape[-1])
+        q, k = hadamard(q, group), hadamard(k, group)
+        mean = None if mean is None else hadamard(mean, group)
+    if mean is not None:  # last, where it becomes a part of rounding
+        k = (k.astype(jnp.float32) - mean[:, None]).astype(k.dtype)
     # What does not count must not be the largest either.
     k, v = (jnp.where(counts[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
     operands = rounded(q, k, v, fmt_qk, fmt_pv)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        y = _reference(*operands, counts, block, scale).astype(q.dtype)
+        y = _reference(*operands, counts, block, scale).astype(out_dtype)
     elif chosen == "plain":
         laid_out = arranged(*operands, counts, scale)
-        y = attention_plain.attend(laid_out, heads=q.shape[2], block=block, out_dtype=q.dtype)
+        y = attention_plain.attend(laid_out, heads=heads, block=block, out_dtype=out_dtype)
     else:
-        from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
-
-        y = attend(
-            *arranged(*operands, counts, scale),
-            heads=q.shape[2],
-            block=block,
-            config=AttentionConfig(),
-            out_dtype=q.dtype,
-            num_sms=device.current().cores,
-        )
+        y = _attend(arranged(*operands, counts, scale), heads, block, out_dtype)
     if causal is not None and block is not None:
         y = _without_filling(y[:, : q.shape[1]], causal, block)
     return y[:, :length]
+
+
+def _attend(operands: Operands, heads: int, block: int | None, out_dtype: Any) -> jax.Array:
+    from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+
+    return attend(
+        *operands,
+        heads=heads,
+        block=block,
+        config=AttentionConfig(),
+        out_dtype=out_dtype,
+        num_sms=device.current().cores,
+    )
+
+
+def _kernels_read(*x: jax.Array | Projected) -> bool:
+    from pallas_kernels.mosaic_gpu.heads import misfit
+
+    return all(misfit(projected(each)) is None for each in x)
+
+
+def _by_kernels(
+    q: jax.Array | Projected,
+    k: jax.Array | Projected,
+    v: jax.Array,
+    center: bool,
+    rotate: bool,
+    scale: float,
+) -> Operands:
+    """What the plain path does, all keys counting, and a little more exactly."""
+    from pallas_kernels.mosaic_gpu import heads
+
+    num_sms = device.current().cores
+    mean = _mean_key(k, jnp.ones(k.shape[:2], bool)) if center else None
+    queries = heads.queries(projected(q), rotate=rotate, num_sms=num_sms)
+    keys = heads.keys(projected(k), rotate=rotate, center=mean, num_sms=num_sms)
+    values = heads.values(projected(v), num_sms=num_sms)
+    slope = slopes(queries, keys, scale)
+    return of_all_heads(queries.values, slope, keys.values, values.values, values.scales[..., 0])
 
 
 def _blocks_filled(x: jax.Array, causal: int) -> jax.Array:
@@ -105,7 +160,7 @@ def _without_filling(y: jax.Array, causal: int, block: int) -> jax.Array:
     return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
-def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+def supports(implementation: str, q: jax.Array | Projected | jax.ShapeDtypeStruct) -> str | None:
     """Why an implementation cannot attend with these queries here; None if it can."""
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
@@ -119,12 +174,12 @@ def supports(implementation: str, q: jax.Array | jax.ShapeDtypeStruct) -> str | 
     return None
 
 
-def rounding_weights_too(q: jax.Array | jax.ShapeDtypeStruct) -> str:
+def rounding_weights_too(q: jax.Array | Projected | jax.ShapeDtypeStruct) -> str:
     """The implementation to ask for so that every machine computes the same: kernel or "plain"."""
     return "mosaic_gpu" if supports("mosaic_gpu", q) is None else "plain"
 
 
-def _chosen(implementation: str | None, q: jax.Array) -> str:
+def _chosen(implementation: str | None, q: jax.Array | Projected) -> str:
     if implementation is None:
         return next(name for name in IMPLEMENTATIONS if supports(name, q) is None)
     if reason := supports(implementation, q):
@@ -132,12 +187,12 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
     return implementation
 
 
-def _centered(k: jax.Array, counts: jax.Array) -> jax.Array:
-    """Without the mean of the keys that count."""
-    counted = jnp.where(counts[:, :, None, None], k.astype(jnp.float32), 0.0)
-    number = jnp.maximum(counts.sum(axis=1), 1).astype(jnp.float32)
-    mean = counted.sum(axis=1) / number[:, None, None]
-    return (k.astype(jnp.float32) - mean[:, None]).astype(k.dtype)
+def _mean_key(k: jax.Array | Projected, counts: jax.Array) -> jax.Array:
+    """Of some keys that count, float32 `[B, H, D]`; zeros if none of these does."""
+    step = -(-k.shape[1] // KEYS_IN_MEAN)
+    some, counts = prepared(every(k, step), jnp.float32), counts[:, ::step]
+    total = jnp.where(counts[:, :, None, None], some, 0.0).sum(axis=1)
+    return total / jnp.maximum(counts.sum(axis=1), 1).astype(jnp.float32)[:, None, None]
 
 
 def _reference(
@@ -185,8 +240,8 @@ def _reference(
 
 
 def _check(
-    q: jax.Array,
-    k: jax.Array,
+    q: jax.Array | Projected,
+    k: jax.Array | Projected,
     v: jax.Array,
     fmt_qk: str | None,
     fmt_pv: str | None,

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 import sdq
-from pallas_kernels.mosaic_gpu.config import FEW
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.rows import Fp8Rows, fp8_rows
 from pallas_kernels.workloads import Linear
 
 FORMAT = "sdq32:16"
-FEW_PRODUCTS, FEW_WEIGHTS = 64, 8
+SHORT = 1024  # rows
+SHORT_PRODUCTS, SHORT_WEIGHTS = 64, 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,13 @@ def operands(linear: Linear) -> Operands:
 
 
 def products(linear: Linear) -> int:
-    """Of a call: of few rows many, because less would be dispatched more slowly than it runs."""
-    return FEW_PRODUCTS if linear.m <= FEW else 1
+    """Of a call: short ones many, because one would be dispatched more slowly than it runs."""
+    return SHORT_PRODUCTS if linear.m <= SHORT else 1
 
 
 def weights(linear: Linear) -> int:
-    """Of a call; of those that are read for few rows more than a cache holds."""
-    return FEW_WEIGHTS if linear.m <= FEW else 1
+    """Of a call; of short ones more than a cache holds."""
+    return SHORT_WEIGHTS if linear.m <= SHORT else 1
 
 
 def program(product: Callable[..., Any]) -> Any:

@@ -20,15 +20,14 @@ import numpy as np
 
 import sdq
 from pallas_kernels import device, quantize_rows, quantized_matmul, xla_fp8
-from pallas_kernels.mosaic_gpu.config import FEW
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.rows import fp8_rows
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
 from scripts._products import (
-    FEW_PRODUCTS,
-    FEW_WEIGHTS,
     FORMAT,
+    SHORT_PRODUCTS,
+    SHORT_WEIGHTS,
     operands,
     products,
     program,
@@ -217,7 +216,7 @@ def to_markdown(
         f"`{FORMAT}` weights, fp8 rows, bf16 results. Ratios: times faster than XLA's bf16 "
         "product; XLA's and PyTorch's fp8 products read 8-bit weights. With bf16 rows: quantised "
         "first, the choice of dialects included; rows kept in bf16: only weights are quantised. "
-        f"Up to {FEW} tokens: {FEW_PRODUCTS} products a call, with {FEW_WEIGHTS} weights in turn. "
+        f"Up to {SHORT} tokens: {SHORT_PRODUCTS} products a call, with {SHORT_WEIGHTS} weights in turn. "
         "Least: the bytes that must move, at the speed of a copy.",
         *lines,
     )

@@ -21,7 +21,7 @@ from models.shapes.config import CONFIG
 from models.shapes.generate import Settings, generate, start
 from models.shapes.params import load
 from models.shapes.world import VIDEO, caption_tokens, sample_scene
-from pallas_kernels import quantized_attention
+from pallas_kernels import Projected, prepared, quantized_attention
 from pallas_kernels.attention import rounding_weights_too
 from scripts import _results as results
 from sdq import sqnr_db
@@ -46,8 +46,11 @@ class Compared:
 
     note: Callable[[Any], None]
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(
+        self, q: jax.Array | Projected, k: jax.Array | Projected, v: jax.Array
+    ) -> jax.Array:
         """As `attention`."""
+        q, k = prepared(q), prepared(k)
         y = attention(q, k, v)
         if k.shape[1] == TOKENS:
             jax.debug.callback(self.note, decibels(q, k, v))

@@ -3,24 +3,31 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import Projected, prepared
+
 IMPLEMENTATIONS = ("cudnn", "chunked")
 SCORES_AT_ONCE = 2**24  # elements of the score matrix that `chunked` holds: 64 MiB
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None
+    q: jax.Array | Projected,
+    k: jax.Array | Projected,
+    v: jax.Array,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v, without mask.
 
     Args:
       q: `[B, S, heads, width]`.
       k: `[B, S', heads, width]`.
-      v: like k.
+      v: like k, an array.
       implementation: "cudnn" (NVIDIA GPUs, 16-bit floats), "chunked" (anything: a few queries at a
         time, softmax in float32), or None: cuDNN where it can, else chunked.
     Returns:
       `[B, S, heads, width]` in q's dtype.
     """
+    q, k = prepared(q), prepared(k)
     if implementation is None:
         implementation = "cudnn" if _cudnn_can(q, k) else "chunked"
     if implementation == "cudnn":

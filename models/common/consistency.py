@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from models.common.quantizer import Input, SiteRule, first_match
 from models.common.semantic import SemanticDialect
+from pallas_kernels import Projected
 from sdq import formatbook, formats, seda, select
 from sdq.codecs import dialect
 from sdq.numerics import largest_magnitude
@@ -102,7 +103,11 @@ class Observed:
         return dataclasses.replace(state, base=self.base.saw_input(x, site, state.base), sums=sums)
 
     def saw_attention(
-        self, q: jax.Array, k: jax.Array, site: str, state: ObservedState | None
+        self,
+        q: jax.Array | Projected,
+        k: jax.Array | Projected,
+        site: str,
+        state: ObservedState | None,
     ) -> Any:
         """As the base does."""
         if state is None:

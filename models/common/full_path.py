@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels import quantized_attention
+from pallas_kernels import Projected, quantized_attention
 from pallas_kernels.attention import rounding_weights_too
 from sdq import formats
 
@@ -29,7 +29,9 @@ class FullPath:
             if name is not None:
                 formats.parse(name)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(
+        self, q: jax.Array | Projected, k: jax.Array | Projected, v: jax.Array
+    ) -> jax.Array:
         """As `models.common.attention.attention`."""
         return quantized_attention(
             q,

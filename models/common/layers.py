@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
-from pallas_kernels import ACTIVATIONS
+from pallas_kernels import ACTIVATIONS, Projected
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
@@ -46,12 +46,13 @@ class Ops:
     Attributes:
       matmul: `(x, kernel, *, bias, activation) -> y`, for every linear; each operand an array or a
         QTensor, or whatever else the quantizer and the parameters hold.
-      attention: `(q, k, v) -> out`, all `[B, S, heads, width]`.
+      attention: `(q, k, v) -> out`, all `[B, S, heads, width]`; q and k may be Projected, whose
+        norm and rotary embedding it does itself (`pallas_kernels.prepared`).
       quantizer: of the inputs of linears, also where several linears read one.
     """
 
     matmul: Callable[..., jax.Array] = matmul
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
+    attention: Callable[..., jax.Array] = attention
     quantizer: Quantizer = KEEP
 
 
@@ -94,18 +95,17 @@ def quantizable(
     return leaf
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm over the last axis with a weight; float32 inside."""
+class Heads(nn.Module):
+    """Queries or keys of a linear's result, after a root mean square norm over all their heads."""
 
+    count: int
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Same shape and dtype as x."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * _broadcast(scale, x32)).astype(x.dtype)
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None = None) -> Projected:
+        """`[B, S, count * width]`, and angles to turn them by: for `ops.attention`."""
+        gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return Projected(x=x, gain=gain, rope=rope, heads=self.count, eps=self.eps)
 
 
 class AffineLayerNorm(nn.Module):

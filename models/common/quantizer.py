@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from pallas_kernels import Fp8Rows
+from pallas_kernels import Fp8Rows, Projected
 from sdq import QTensor, fake_quantize, formats, seda
 from sdq.decompose import Decomposed, residual
 from sdq.rotate import hadamard, largest_group
@@ -40,7 +40,9 @@ class Quantizer(Protocol):
         """The state after seeing an input (as it was, not as it became)."""
         ...
 
-    def saw_attention(self, q: jax.Array, k: jax.Array, site: str, state: Any) -> Any:
+    def saw_attention(
+        self, q: jax.Array | Projected, k: jax.Array | Projected, site: str, state: Any
+    ) -> Any:
         """The state after seeing the queries and keys `[B, S, heads, width]` of an attention."""
         ...
 
@@ -68,7 +70,9 @@ class Keep:
         del x, site
         return state
 
-    def saw_attention(self, q: jax.Array, k: jax.Array, site: str, state: Any) -> Any:
+    def saw_attention(
+        self, q: jax.Array | Projected, k: jax.Array | Projected, site: str, state: Any
+    ) -> Any:
         """The same state."""
         del q, k, site
         return state

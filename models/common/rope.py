@@ -1,4 +1,4 @@
-"""Rotary position embedding over time, height and width, on interleaved pairs."""
+"""Tables of rotary position embedding over time, height and width, on interleaved pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,3 @@ def rope_table(
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, len(frequency))))
     angle = np.concatenate(angles, axis=-1).reshape(-1, sum(widths) // 2)
     return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate pairs (2i, 2i + 1) of x `[B, S, heads, width]` by tables `[S, width / 2]`."""
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)

@@ -16,6 +16,7 @@ import numpy as np
 
 from models.common.quantizer import Input, Keep, SiteRule, first_match
 from models.common.semantic import Decomposition, Layers, extra_work
+from pallas_kernels import Projected, prepared
 from sdq import saliency
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)  # of the tokens, most salient first: edges of the scan's bins
@@ -98,12 +99,16 @@ class Probe(Keep):
         return x + (share[..., None] * error.astype(jnp.float32)).astype(x.dtype)
 
     def saw_attention(
-        self, q: jax.Array, k: jax.Array, site: str, state: ProbeState | None
+        self,
+        q: jax.Array | Projected,
+        k: jax.Array | Projected,
+        site: str,
+        state: ProbeState | None,
     ) -> ProbeState | None:
         """Ranks by cross-attention, where asked for."""
         if state is None or not self.ranking or not site.endswith("cross_attn"):
             return state
-        score = saliency.distinct_attention(q, k)
+        score = saliency.distinct_attention(prepared(q), prepared(k))
         rank = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
         edges = jnp.asarray([token_count(share, self.tokens) for share in SHARES[:-1]])
         ranked = jnp.searchsorted(edges, rank.reshape(-1), side="right").reshape(rank.shape)

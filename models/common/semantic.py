@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, Rounding, SiteRule, first_match, plain_rounding
+from pallas_kernels import Projected, prepared
 from sdq import formats, saliency, seda
 from sdq.decompose import Decomposed
 from sdq.qtensor import blocks_of
@@ -287,14 +288,18 @@ class SemanticDialect:
         return dataclasses.replace(state, books={**state.books, site: book})
 
     def saw_attention(
-        self, q: jax.Array, k: jax.Array, site: str, state: State | None
+        self,
+        q: jax.Array | Projected,
+        k: jax.Array | Projected,
+        site: str,
+        state: State | None,
     ) -> State | None:
         """Salient tokens and the next groups, on a step that looks."""
         if state is None:
             return state
         salient, group = jax.lax.cond(
             state.look,
-            lambda: self._look(q, k, site, state),
+            lambda: self._look(prepared(q), prepared(k), site, state),
             lambda: (state.salient, state.next_group),
         )
         return dataclasses.replace(state, salient=salient, next_group=group)

@@ -16,17 +16,18 @@ from flax import linen as nn
 
 from models.common.layers import (
     AffineLayerNorm,
+    Heads,
     Linear,
     Ops,
-    RMSNorm,
     modulated_norm,
     patchify,
     sinusoid,
     unpatchify,
 )
 from models.common.quantizer import Input
-from models.common.rope import apply_rope, rope_table
+from models.common.rope import rope_table
 from models.wan.config import WanConfig
+from pallas_kernels import Projected
 
 IMAGE_EPS = 1e-5  # of the norms around the image embedding
 
@@ -164,14 +165,12 @@ class SelfAttention(nn.Module):
         config, quantizer = self.config, self.ops.quantizer
         h = _quantized(self, x, "self_attn/qkv", state)
         q, k, v = (Linear(config.width, self.ops, name=name)(h) for name in "qkv")
-        q = RMSNorm(config.eps, name="norm_q")(q)
-        k = RMSNorm(config.eps, name="norm_k")(k)
-        q, k, v = (_heads(part, config.heads) for part in (q, k, v))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        queries = Heads(config.heads, config.eps, name="norm_q")(q, rope)
+        keys = Heads(config.heads, config.eps, name="norm_k")(k, rope)
         # In this order, so that what is learned about x knows the tokens' groups.
-        state = quantizer.saw_attention(q, k, "blocks/self_attn", state)
+        state = quantizer.saw_attention(queries, keys, "blocks/self_attn", state)
         state = quantizer.saw_input(x, "blocks/self_attn/qkv", state)
-        out = self.ops.attention(q, k, v).reshape(x.shape)
+        out = self.ops.attention(queries, keys, _heads(v, config.heads)).reshape(x.shape)
         h = _quantized(self, out, "self_attn/o", state)
         state = quantizer.saw_input(out, "blocks/self_attn/o", state)
         return Linear(config.width, self.ops, name="o")(h), state
@@ -191,18 +190,17 @@ class CrossAttention(nn.Module):
         config, quantizer = self.config, self.ops.quantizer
         q = Linear(config.width, self.ops, name="q")(_quantized(self, x, "cross_attn/q", state))
         state = quantizer.saw_input(x, "blocks/cross_attn/q", state)
-        q = _heads(RMSNorm(config.eps, name="norm_q")(q), config.heads)
+        queries = Heads(config.heads, config.eps, name="norm_q")(q)
 
-        def attend(source: jax.Array, site: str, suffix: str) -> tuple[jax.Array, jax.Array]:
+        def attend(source: jax.Array, site: str, suffix: str) -> tuple[jax.Array, Projected]:
             h = _quantized(self, source, site, None)
             k = Linear(config.width, self.ops, name=f"k{suffix}")(h)
             v = Linear(config.width, self.ops, name=f"v{suffix}")(h)
-            k = RMSNorm(config.eps, name=f"norm_k{suffix}")(k)
-            k, v = _heads(k, config.heads), _heads(v, config.heads)
-            return self.ops.attention(q, k, v), k
+            keys = Heads(config.heads, config.eps, name=f"norm_k{suffix}")(k)
+            return self.ops.attention(queries, keys, _heads(v, config.heads)), keys
 
-        out, k = attend(text, "cross_attn/kv", "")
-        state = quantizer.saw_attention(q, k, "blocks/cross_attn", state)
+        out, keys = attend(text, "cross_attn/kv", "")
+        state = quantizer.saw_attention(queries, keys, "blocks/cross_attn", state)
         if image is not None:
             out = out + attend(image, "cross_attn/kv_image", "_image")[0]
         out = out.reshape(x.shape)

@@ -76,16 +76,23 @@ def arranged(q: Rounded, k: Rounded, v: Rounded, counts: jax.Array, scale: float
     ones = jnp.broadcast_to(counts, (b, h, ONES, length)).astype(v.values.dtype)
     values = jnp.concatenate([values, ones], axis=2)
     values = in_order(jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, more))))
-    slope = (q.scales * k.scales)[..., 0] * (scale * math.log2(math.e) / OCTAVES)
-    slope = jnp.clip(slope, -STEEPEST, STEEPEST).astype(jnp.float16).astype(jnp.float32)
+    slope = slopes(q, k, scale)
     fill = -slope.shape[-1] % QUERIES
     slope = jnp.pad(slope, ((0, 0), (0, 0), (0, fill)), constant_values=1.0)
     queries = jnp.pad(q.values, ((0, 0), (0, 0), (0, fill), (0, 0)))
 
-    def of_heads(x: jax.Array) -> jax.Array:
-        return x.reshape(b * h, *x.shape[2:])
+    return of_all_heads(queries, slope, keys, values, v.scales[..., 0])
 
-    return Operands(*map(of_heads, (queries, slope, keys, values, v.scales[..., 0])))
+
+def slopes(q: Rounded, k: Rounded, scale: float) -> jax.Array:
+    """What a unit of each query's scores is worth, `[B, H, S]`."""
+    slope = (q.scales * k.scales)[..., 0] * (scale * math.log2(math.e) / OCTAVES)
+    return jnp.clip(slope, -STEEPEST, STEEPEST).astype(jnp.float16).astype(jnp.float32)
+
+
+def of_all_heads(*operands: jax.Array) -> Operands:
+    """Arrays `[B, H, ...]` as Operands."""
+    return Operands(*(x.reshape(-1, *x.shape[2:]) for x in operands))
 
 
 def in_order(x: jax.Array) -> jax.Array:
@@ -101,12 +108,16 @@ def in_order(x: jax.Array) -> jax.Array:
 def _rounded(x: jax.Array, fmt: str | None, dtype: Any) -> Rounded:
     """Along the last axis, an exponent for all of it; without a format only to dtype."""
     if fmt is None:
-        exponent = exponent_of(largest_magnitude(x.astype(jnp.float32)))[..., None] - FP8_TOP
-        exponent = jnp.clip(exponent, -126, 126)
+        exponent = of_largest(largest_magnitude(x.astype(jnp.float32)))[..., None]
         scaled = x.astype(jnp.float32) * power_of_two(-exponent)
         return Rounded(scaled.astype(dtype), power_of_two(exponent))
     rows: Fp8Rows = fp8_rows(quantize(x, fmt, select="two_stage"))
     return Rounded(rows.values.astype(dtype), row_scales(rows.exponents, bad=1.0))
+
+
+def of_largest(magnitude: jax.Array) -> jax.Array:
+    """Exponent of fp8 numbers of which one has this magnitude."""
+    return jnp.clip(exponent_of(magnitude) - FP8_TOP, -126, 126)
 
 
 def _small(x: Rounded) -> Rounded:

@@ -1,178 +1,206 @@
-"""Queries and keys as the Hopper attention reads them, from a linear's result in one pass.
+"""Queries, keys and values as the Hopper attention reads them, from linears' results.
 
-Written plainly, norm, rotary embedding, Hadamard rotation and rounding each pass over memory. Not
-called by `quantized_attention` yet: it has only been run by `tests/.../ptx_machine.py` so far.
+Written plainly, norm, rotary embedding, Hadamard rotation, rounding and transposition each pass
+over memory. Here queries are read once, keys and values twice, and nothing but e4m3 is written.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.attention_operands import E4M3, NORM_TOP, WIDTHS, Rounded
-from pallas_kernels.mosaic_gpu.heads_program import KEYS, NORMS, QUERIES, Task, program
+from pallas_kernels.mosaic_gpu import heads_program, values_program
+from pallas_kernels.mosaic_gpu.attention_operands import (
+    E4M3,
+    KEYS,
+    NORM_TOP,
+    ONES,
+    QUERIES,
+    WIDTHS,
+    Rounded,
+    of_largest,
+)
+from pallas_kernels.mosaic_gpu.heads_program import Task
 from pallas_kernels.mosaic_gpu.ptx_kernel import run
+from pallas_kernels.projected import Projected
 from sdq.numerics import exponent_of, power_of_two
+from sdq.rotate import hadamard
 
 WORDS_OF_16_WARPS = 48  # that a lane may hold of x, or registers spill
 WORDS_OF_12_WARPS = 80
+WARPS_OF_VALUES = 8
 
 
-class Norm(NamedTuple):
-    """Root mean square norm over all heads of a token.
-
-    Attributes:
-      gain: float32 `[H D]`.
-      eps: added to the mean square.
-    """
-
-    gain: jax.Array
-    eps: float
-
-
-class Rope(NamedTuple):
-    """Angles by which neighbours are turned, as complex numbers.
-
-    Attributes:
-      cos: float32 `[S, D / 2]`.
-      sin: likewise.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
+def misfit(x: Projected) -> str | None:
+    """Why these kernels cannot read x; None if they can."""
+    *_, width = x.shape
+    channels = x.x.shape[-1]
+    if x.dtype != jnp.bfloat16:
+        return f"{x.dtype} numbers, not bfloat16"
+    if width not in WIDTHS:
+        return f"heads of {width}; only {', '.join(map(str, WIDTHS))}"
+    if channels > 64 * WORDS_OF_12_WARPS:
+        return f"{channels} channels, which do not fit into the registers of a warp"
+    return None
 
 
-def queries(
-    x: jax.Array,
-    heads: int,
-    *,
-    norm: Norm | None = None,
-    rope: Rope | None = None,
-    rotate: bool = False,
-    num_sms: int,
-) -> Rounded:
+def queries(x: Projected, *, rotate: bool, num_sms: int) -> Rounded:
     """e4m3 with an exponent a query.
 
     Args:
-      x: bf16 `[B, S, H D]`, D of WIDTHS.
-      heads: H.
-      norm: comes first; None: no norm.
-      rope: comes second, likewise.
-      rotate: whether heads are multiplied by a normalised Hadamard matrix, third.
+      x: bf16; norm and rotary embedding are done here, in float32.
+      rotate: whether heads are multiplied by a normalised Hadamard matrix then.
       num_sms: of the GPU.
     Returns:
-      `[B, H, S, D]`, scales `[B, H, S, 1]`. Queries with NaN or Inf are NaN.
+      `[B, H, S, D]`, S filled up to a multiple of QUERIES; scales `[B, H, S, 1]`. Queries with NaN
+      or Inf are NaN.
     """
-    task, inputs = _task(x, heads, QUERIES, norm, rope, rotate, None)
-    values, exponents = _call(task, inputs, num_sms)
-    exponents = exponents.reshape(*x.shape[:2], heads).swapaxes(1, 2)
+    task = _task(x, heads_program.QUERIES, rotate, None, filled=_up(x.shape[1], QUERIES))
+    values, exponents = _call(task, _inputs(x), num_sms)
+    exponents = exponents.reshape(task.videos, task.filled, task.heads).swapaxes(1, 2)
     return Rounded(_by_head(values, task), power_of_two(exponents)[..., None])
 
 
-def keys(
-    x: jax.Array,
-    heads: int,
-    *,
-    norm: Norm | None = None,
-    rope: Rope | None = None,
-    rotate: bool = False,
-    center: jax.Array | None = None,
-    num_sms: int,
-) -> Rounded:
+def keys(x: Projected, *, rotate: bool, center: jax.Array | None, num_sms: int) -> Rounded:
     """e4m3 with an exponent for the keys of a head: two passes, the first finds the largest.
 
     Args:
-      x: as of `queries`, like the rest.
-      heads: H.
-      norm: comes first.
-      rope: second.
-      rotate: third.
-      center: what is subtracted from the keys of a video then, float32 `[B, H D]`.
+      x: as of `queries`.
+      rotate: likewise.
+      center: float32 `[B, H, D]`, subtracted from the keys of a video before that; or None.
       num_sms: of the GPU.
     Returns:
-      `[B, H, S, D]`, scales `[B, H, 1, 1]`. Heads with NaN or Inf are NaN.
+      `[B, H, L, D]`, L filled up to a multiple of KEYS by the first key; scales `[B, H, 1, 1]`.
+      Heads with NaN or Inf are NaN.
     """
-    task, inputs = _task(x, heads, NORMS, norm, rope, rotate, center)
-    (squares,) = _call(task, inputs, num_sms)
+    # Norms are the same before they are rotated.
+    task = _task(x, heads_program.NORMS, False, center, filled=x.shape[1])
+    (squares,) = _call(task, _inputs(x, center), num_sms)
     # Squares are positive: their bits are ordered as they are, with NaN on top.
-    bits = jax.lax.bitcast_convert_type(squares.reshape(*x.shape[:2], heads), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(squares.reshape(*x.shape[:2], x.heads), jnp.int32)
     largest = jax.lax.bitcast_convert_type(bits.max(axis=1), jnp.float32)
     exponent = (exponent_of(largest) >> 1) - NORM_TOP
     factor = jnp.where(jnp.isfinite(largest), power_of_two(-exponent), jnp.nan)
-    (values,) = _call(dataclasses.replace(task, what=KEYS), inputs | {"factor": factor}, num_sms)
+    if rotate and center is not None:
+        center = hadamard(center, center.shape[-1])
+    task = _task(x, heads_program.KEYS, rotate, center, filled=_up(x.shape[1], KEYS))
+    (values,) = _call(task, _inputs(x, center) | {"factor": factor}, num_sms)
     return Rounded(_by_head(values, task), power_of_two(exponent)[:, :, None, None])
 
 
-def _task(
-    x: jax.Array,
-    heads: int,
-    what: str,
-    norm: Norm | None,
-    rope: Rope | None,
-    rotate: bool,
-    center: jax.Array | None,
-) -> tuple[Task, dict[str, jax.Array]]:
-    """And its inputs by their names."""
-    if x.ndim != 3 or x.dtype != jnp.bfloat16 or x.shape[-1] % heads:
-        raise ValueError(f"x: expected bfloat16 [B, S, {heads} D], got {x.dtype}{list(x.shape)}")
-    videos, tokens, channels = x.shape
-    width = channels // heads
-    if width not in WIDTHS:
-        raise ValueError(f"x: expected heads of {' or '.join(map(str, WIDTHS))}, got {width}")
-    words = channels // 64
-    if words > WORDS_OF_12_WARPS:
-        raise ValueError(f"x: {channels} channels do not fit into the registers of a warp")
-    inputs = {"x": x}
-    if norm is not None:
-        inputs["gain"] = _checked("gain", norm.gain, (channels,))
-    if rope is not None:
-        inputs["cos"] = _checked("cos", rope.cos, (tokens, width // 2))
-        inputs["sin"] = _checked("sin", rope.sin, (tokens, width // 2))
-    if center is not None:
-        inputs["center"] = _checked("center", center, (videos, channels))
-    task = Task(
+def values(x: Projected, *, num_sms: int) -> Rounded:
+    """e4m3 with an exponent a channel, transposed, in `attention_operands.in_order`.
+
+    Args:
+      x: bf16 as a linear gives it.
+      num_sms: of the GPU.
+    Returns:
+      `[B, H, D + ONES, L]`, L filled up to a multiple of KEYS by zeros, the last channels ones;
+      scales `[B, H, D, 1]`. Channels with NaN or Inf are NaN.
+    """
+    videos, tokens, count, width = x.shape
+    task = values_program.Task(
+        videos=videos,
+        tokens=tokens,
+        filled=_up(tokens, KEYS),
+        heads=count,
+        width=width,
+        ones=ONES,
+        warps=WARPS_OF_VALUES,
+    )
+    largest = jnp.max(jnp.abs(x.x), axis=1).astype(jnp.float32)
+    exponent = of_largest(largest)
+    factor = jnp.where(jnp.isfinite(largest), power_of_two(-exponent), jnp.nan)
+    shape = (videos, count, width + ONES, task.filled)
+    (found,) = _kernel(
+        values_program.program(task),
+        (x.x, factor),
+        (jax.ShapeDtypeStruct(shape, E4M3),),
+        blocks=min(4 * num_sms, pl.cdiv(task.units, task.warps)),
+        warps=task.warps,
+    )
+    return Rounded(found, power_of_two(exponent).reshape(videos, count, width, 1))
+
+
+def _task(x: Projected, what: str, rotate: bool, center: jax.Array | None, *, filled: int) -> Task:
+    videos, tokens, count, width = x.shape
+    words = count * width // 64
+    return Task(
         what=what,
         videos=videos,
         tokens=tokens,
-        heads=heads,
+        filled=filled,
+        heads=count,
         width=width,
         top=NORM_TOP,
-        eps=None if norm is None else norm.eps,
-        rope=rope is not None,
+        eps=None if x.gain is None else x.eps,
+        rope=x.rope is not None,
         rotate=rotate,
         center=center is not None,
         warps=16 if words <= WORDS_OF_16_WARPS else 12,
     )
-    return task, inputs
+
+
+def _inputs(x: Projected, center: jax.Array | None = None) -> dict[str, jax.Array]:
+    """By their names in a Task."""
+    _, tokens, count, width = x.shape
+    found = {"x": x.x}
+    if x.gain is not None:
+        found["gain"] = _checked("gain", x.gain, (count * width,))
+    for name, angles in zip(("cos", "sin"), x.rope or (), strict=False):
+        found[name] = _checked(name, angles, (tokens, width // 2))
+    if center is not None:
+        found["center"] = _checked("center", center, (x.shape[0], count, width))
+    return found
 
 
 def _checked(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if x.shape != shape or x.dtype != jnp.float32:
-        raise ValueError(f"{name}: expected float32{list(shape)}, got {x.dtype}{list(x.shape)}")
-    return x
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+    return x.astype(jnp.float32)
 
 
 def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Any:
     outputs = {
-        "values": jax.ShapeDtypeStruct((task.videos * task.heads, task.tokens, task.width), E4M3),
+        "values": jax.ShapeDtypeStruct((task.videos * task.heads, task.filled, task.width), E4M3),
         "exponents": jax.ShapeDtypeStruct((task.rows, task.heads), jnp.int32),
         "norms": jax.ShapeDtypeStruct((task.rows, task.heads), jnp.float32),
     }
+    return _kernel(
+        heads_program.program(task),
+        tuple(inputs[name] for name in task.arguments if name in inputs),
+        tuple(outputs[name] for name in task.arguments if name in outputs),
+        blocks=min(num_sms, pl.cdiv(task.rows, task.warps)),
+        warps=task.warps,
+    )
+
+
+def _kernel(
+    text: str,
+    inputs: tuple[jax.Array, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    *,
+    blocks: int,
+    warps: int,
+) -> Any:
     call = plgpu.kernel(
-        functools.partial(run, program(task)),
-        out_type=tuple(outputs[name] for name in task.arguments if name in outputs),
-        grid=(min(num_sms, pl.cdiv(task.rows, task.warps)),),
+        functools.partial(run, text),
+        out_type=outputs,
+        grid=(blocks,),
         grid_names=("block",),
-        num_threads=task.warps // 4,
+        num_threads=warps // 4,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return call(*(inputs[name] for name in task.arguments if name in inputs))
+    return call(*inputs)
 
 
 def _by_head(values: jax.Array, task: Task) -> jax.Array:
-    return values.reshape(task.videos, task.heads, task.tokens, task.width)
+    return values.reshape(task.videos, task.heads, task.filled, task.width)
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -29,6 +29,7 @@ class Task:
       what: QUERIES, NORMS or KEYS.
       videos: B.
       tokens: S, of a video.
+      filled: tokens that are written of each; the last are like the first.
       heads: H.
       width: of a head, 64 or 128.
       top: of QUERIES, their norms become numbers in [2^top, 2^(top + 1)).
@@ -42,6 +43,7 @@ class Task:
     what: str
     videos: int
     tokens: int
+    filled: int
     heads: int
     width: int
     top: int
@@ -58,8 +60,8 @@ class Task:
 
     @property
     def rows(self) -> int:
-        """Tokens of all videos."""
-        return self.videos * self.tokens
+        """Tokens of all videos that are written."""
+        return self.videos * self.filled
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -84,12 +86,21 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Of a row: registers with its number, its token's, its video's, and this thread's lane."""
+    """Registers with numbers.
+
+    Attributes:
+      row: among those that are written.
+      token: in its video, likewise.
+      video: that it belongs to.
+      lane: of this thread.
+      source: of the token that is read: another one behind the last.
+    """
 
     row: Register
     token: Register
     video: Register | int
     lane: Register
+    source: Register
 
 
 def program(task: Task) -> str:
@@ -107,9 +118,12 @@ def program(task: Task) -> str:
         video: Register | int = 0
         token = number
         if task.videos > 1:
-            video = p.let("div.u32", number, task.tokens)
-            token = p.subtract(number, p.multiply_add(video, task.tokens, 0))
-        _row(p, task, Place(number, token, video, lane), signs)
+            video = p.let("div.u32", number, task.filled)
+            token = p.subtract(number, p.multiply_add(video, task.filled, 0))
+        source = token
+        if task.filled != task.tokens:
+            source = p.select(p.less(token, task.tokens), token, 0)
+        _row(p, task, Place(number, token, video, lane, source), signs)
 
     p.strided("ROW", first, task.rows, step, row)
     return p.text()
@@ -156,7 +170,8 @@ def _row(p: Program, task: Task, at: Place, signs: Sequence[Register]) -> None:
 
 def _load(p: Program, task: Task, at: Place) -> list[list[Register]]:
     """This lane's channels of every head, pairs of bf16."""
-    place = p.address(task.argument("x"), at.row, 2 * task.heads * task.width)
+    row = at.source if at.video == 0 else p.multiply_add(at.video, task.tokens, at.source)
+    place = p.address(task.argument("x"), row, 2 * task.heads * task.width)
     place = p.address(place, at.lane, 2 * task.each)
     return [
         p.load("global.nc", task.each // 2, place, 2 * task.width * head)
@@ -181,7 +196,7 @@ def _angles(p: Program, task: Task, at: Place) -> list[list[Register]]:
     """Cosines and sines of this lane's pairs: the same for all heads."""
     found = []
     for name in ("cos", "sin"):
-        place = p.address(task.argument(name), at.token, 2 * task.width)
+        place = p.address(task.argument(name), at.source, 2 * task.width)
         place = p.address(place, at.lane, 2 * task.each)
         found.append(p.load("global.nc", task.each // 2, place))
     return found
@@ -228,7 +243,7 @@ def _first_value(p: Program, task: Task, at: Place) -> Register:
     """Where this lane's part of the first head goes, in `[B, H, S, width]`."""
     place = p.address(task.argument("values"), at.token, task.width)
     if task.videos > 1:
-        of_video = task.heads * task.tokens * task.width
+        of_video = task.heads * task.filled * task.width
         place = p.address(place, _register(p, at.video), of_video)
     return p.address(place, at.lane, task.each)
 
@@ -252,7 +267,7 @@ def _write(
     word = p.permute(pairs[0], pairs[1], 0x5410) if len(pairs) == 2 else pairs[0]
     if bad:
         word = p.select(bad, NANS, word)
-    p.store("global", values, [word], head * task.tokens * task.width, size=8 * task.each)
+    p.store("global", values, [word], head * task.filled * task.width, size=8 * task.each)
 
 
 def _tell(p: Program, task: Task, at: Place, told: Sequence[Register]) -> None:

@@ -107,6 +107,13 @@ def matmul_few(
             def tile(turn, number):
                 """A slot of this warpgroup is `number`: those that differ by `sharing`."""
                 end = (turn + 1) * steps
+                at = pl.ds((first + turn * blocks) * ROWS, ROWS)
+                # Now, so that nobody waits for them at the end.
+                scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
+                of_w = (
+                    load(ws_g.at[at], BY_W),
+                    None if bias_g is None else load(bias_g.at[at], BY_W),
+                )
 
                 def step(_, state):
                     total, number = state
@@ -124,7 +131,7 @@ def matmul_few(
                 total = multiply.in_pairs(total)
                 for other in range(1, sharing):
                     pl.when(group == other)(functools.partial(hand_over, total, other, turn))
-                pl.when(group == 0)(functools.partial(store, total, turn))
+                pl.when(group == 0)(functools.partial(store, total, scale, of_w, at))
                 return number
 
             def hand_over(total, other, turn):
@@ -137,14 +144,8 @@ def matmul_few(
                 sums_s[other - 1] = total
                 plgpu.barrier_arrive(sums_written)
 
-            def store(total, turn):
+            def store(total, scale, of_w, at):
                 """Add up, and send the result out."""
-                at = pl.ds((first + turn * blocks) * ROWS, ROWS)
-                scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
-                of_w = (
-                    load(ws_g.at[at], BY_W),
-                    None if bias_g is None else load(bias_g.at[at], BY_W),
-                )
                 if sharing > 1:
                     plgpu.barrier_wait(sums_written)
                     for other in range(sharing - 1):

@@ -222,28 +222,29 @@ def compile_attention(
 
 
 def compile_heads(what: str, heads: int, width: int, videos: int = 1, norm: bool = True) -> None:
-    """Queries or keys of 4096 tokens, turned and rotated."""
+    """Queries or keys of 4099 tokens, turned and rotated; or values."""
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import device
-    from pallas_kernels.mosaic_gpu.heads import Norm, Rope, keys, queries
+    from pallas_kernels import Projected, device
+    from pallas_kernels.mosaic_gpu.heads import keys, queries, values
 
-    def prepared(x: Any, gain: Any, cos: Any, sin: Any, center: Any) -> Any:
-        common: dict[str, Any] = {"rope": Rope(cos, sin), "rotate": True}
-        common |= {"norm": Norm(gain, 1e-6) if norm else None, "num_sms": device.current().cores}
+    def prepared(x: Any, gain: Any, rope: Any, center: Any) -> Any:
+        sms = device.current().cores
+        if what == "values":
+            return values(Projected(x=x, heads=heads), num_sms=sms)
+        of = Projected(x=x, heads=heads, gain=gain if norm else None, rope=rope, eps=1e-6)
         if what == "queries":
-            return queries(x, heads, **common)
-        return keys(x, heads, center=center, **common)
+            return queries(of, rotate=True, num_sms=sms)
+        return keys(of, rotate=True, center=center, num_sms=sms)
 
-    channels, angles = heads * width, jax.ShapeDtypeStruct((4096, width // 2), jnp.float32)
+    angles = jax.ShapeDtypeStruct((4099, width // 2), jnp.float32)
     _compile(
         prepared,
-        jax.ShapeDtypeStruct((videos, 4096, channels), jnp.bfloat16),
-        jax.ShapeDtypeStruct((channels,), jnp.float32),
-        angles,
-        angles,
-        jax.ShapeDtypeStruct((videos, channels), jnp.float32),
+        jax.ShapeDtypeStruct((videos, 4099, heads * width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((heads * width,), jnp.float32),
+        (angles, angles),
+        jax.ShapeDtypeStruct((videos, heads, width), jnp.float32),
     )
 
 

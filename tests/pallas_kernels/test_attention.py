@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantized_attention
+from pallas_kernels import Projected, prepared, quantized_attention
 from pallas_kernels.mosaic_gpu.attention_operands import rounded
 
 B, S, L, H, D = 2, 33, 700, 3, 128
@@ -87,6 +87,31 @@ def test_what_is_done_before_rounding_changes_nothing_else(operands, options):
 
     assert error(**options) < 0.2
     assert error(fmt_qk=SDQ, **options) < 0.7 * error(fmt_qk=SDQ, center=False)
+
+
+def test_projected_queries_and_keys_are_prepared_first(rng):
+    """In float32, whatever they are stored in."""
+    angles = 6 * rng.rand(L, 32)
+    rope = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    gain = jnp.asarray(1 + rng.rand(H * 64), jnp.float32)
+    x = (jnp.asarray(3 * rng.randn(B, L, H * 64), jnp.bfloat16) for _ in "qk")
+    q, k = (Projected(x=each, gain=gain, rope=rope, heads=H, eps=1e-6) for each in x)
+    v = jnp.asarray(rng.randn(B, L, H, 64), jnp.bfloat16)
+    y = quantized_attention(q, k, v, rotate=True, implementation="plain")
+    assert y.shape == v.shape and y.dtype == jnp.bfloat16
+    given = [prepared(x, jnp.float32) for x in (q, k)]
+    np.testing.assert_allclose(given[0][1, 7], turned(q, 1, 7), rtol=1e-5, atol=1e-5)
+    same = quantized_attention(*given, v, rotate=True, implementation="plain")
+    np.testing.assert_array_equal(y, same.astype(jnp.bfloat16))
+
+
+def turned(x, video, token):
+    """Norm and rotary embedding of a token, by their definitions."""
+    y = np.asarray(x.x[video, token], np.float64)
+    y = y / np.sqrt(np.mean(y**2) + x.eps) * np.asarray(x.gain, np.float64)
+    cos, sin = (np.asarray(each[token], np.float64) for each in x.rope)
+    pairs = y.reshape(H, -1, 2) @ [1, 1j] * (cos + 1j * sin)
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(H, -1)
 
 
 def test_keys_that_do_not_count_change_nothing(operands, rng):

@@ -1,7 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.rope import apply_rope, rope_table
+from models.common.rope import rope_table
+from pallas_kernels.projected import apply_rope
 
 
 def test_table_counts_time_slowest():

@@ -11,6 +11,7 @@ from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import Decomposition, SemanticDialect, Sharing, extra_work
 from models.wan.modeling import Wan
 from models.wan.sites import SITES, VIDEO_SITES, video_inputs
+from pallas_kernels import prepared
 from sdq import saliency, sqnr_db
 from tests.models.wan.test_modeling import TINY, inputs, random_params
 
@@ -128,7 +129,9 @@ def test_salient_tokens_come_from_the_attention_of_their_block(kind):
             after = super().saw_attention(q, k, site, state)
             if not site.endswith(f"{kind}_attn"):
                 return after
-            return dataclasses.replace(after, active={DOWN: after.active[DOWN], "q": q, "k": k})
+            return dataclasses.replace(
+                after, active={DOWN: after.active[DOWN], "q": prepared(q), "k": prepared(k)}
+            )
 
     options = {
         "rules": RULES,

@@ -11,6 +11,7 @@ from models.common.layers import Ops, matmul
 from models.common.quantizer import Keep
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Wan
+from pallas_kernels import prepared
 
 TINY = WanConfig(
     width=48, heads=4, layers=3, ffn_width=64, in_channels=4, out_channels=4, text_width=16
@@ -84,6 +85,7 @@ def test_every_linear_goes_through_the_ops():
 
     def counted_attention(q, k, v):
         counts["attention"] += 1
+        q, k = prepared(q), prepared(k)
         return q + jnp.mean(k, 1, keepdims=True) + jnp.mean(v, 1, keepdims=True)
 
     class Noting(Keep):

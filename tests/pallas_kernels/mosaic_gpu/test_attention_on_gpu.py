@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device, quantized_attention
+from pallas_kernels import Projected, device, quantized_attention
 from pallas_kernels.mosaic_gpu.attention_operands import Rounded, rounded
 from tests.pallas_kernels.test_attention import exact, relative
 
@@ -97,3 +97,22 @@ def test_runs_agree(rng):
     first = np.asarray(ours(*x), np.float32)
     for _ in range(20):
         np.testing.assert_array_equal(np.asarray(ours(*x), np.float32), first)
+
+
+@pytest.mark.parametrize("tokens, h, width", [(5000, 40, 128), (333, 3, 64)])
+def test_from_linears(rng, tokens, h, width):
+    """Norm, rotary embedding, rotation and rounding by kernels, against plain jnp."""
+    angles = 6 * rng.rand(tokens, width // 2)
+    rope = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    x = [jnp.asarray(3 * rng.randn(2, tokens, h * width), jnp.bfloat16) for _ in "qk"]
+    x[1] = x[1] + 4 * x[1][:, :1]  # keys with a mean
+    gain = jnp.asarray(1 + rng.rand(h * width), jnp.float32)
+    q, k = (Projected(x=each, gain=gain, rope=rope, heads=h, eps=1e-6) for each in x)
+    v = jnp.asarray(rng.randn(2, tokens, h, width) + 0.5, jnp.bfloat16)
+    options = {"rotate": True, "fmt_qk": None, "fmt_pv": None}
+    y, plain = (
+        quantized_attention(q, k, v, implementation=name, **options)
+        for name in ("mosaic_gpu", "plain")
+    )
+    # Few of the e4m3 numbers differ, by one step; scores of the plain path by their float32 sums.
+    assert relative(y, np.asarray(plain, np.float64)) < 0.01

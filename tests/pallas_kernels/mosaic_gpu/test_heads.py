@@ -1,12 +1,15 @@
-"""Queries and keys in one pass: the program run on a CPU, and compiled for an H100."""
+"""Queries, keys and values: the programs run on a CPU, and compiled for an H100."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import heads
-from pallas_kernels.mosaic_gpu.attention_operands import NORM_TOP
+from pallas_kernels import Projected
+from pallas_kernels.mosaic_gpu import heads, values_program
+from pallas_kernels.mosaic_gpu.attention_operands import NORM_TOP, in_order
 from pallas_kernels.mosaic_gpu.heads_program import KEYS, NORMS, QUERIES, Task, program
 from sdq.rotate import hadamard
 from tests.pallas_kernels import deviceless
@@ -19,12 +22,13 @@ BLOCKS, WARPS = 2, 4
 class Case:
     """Inputs of a task, and what they should become, `[B, S, H, D]` in float64."""
 
-    def __init__(self, rng, videos, tokens, count, width, **steps):
+    def __init__(self, rng, videos, tokens, count, width, filled=None, **steps):
         channels = count * width
         self.task = Task(
             what=QUERIES,
             videos=videos,
             tokens=tokens,
+            filled=filled or tokens,
             heads=count,
             width=width,
             top=NORM_TOP,
@@ -54,13 +58,13 @@ class Case:
             y = np.asarray(hadamard(jnp.asarray(y, jnp.float32), task.width), np.float64)
         if task.center:
             y = y - arrays["center"].reshape(-1, 1, task.heads, task.width)
-        return y
+        first = np.broadcast_to(y[:, :1], (len(y), task.filled - task.tokens, *y.shape[2:]))
+        return np.concatenate([y, first], axis=1)
 
     def run(self, what, **more):
         """Arrays that were written, by name."""
-        names = ("videos", "tokens", "heads", "width", "top", "eps", "rope", "rotate", "center")
-        task = Task(what=what, warps=WARPS, **{name: getattr(self.task, name) for name in names})
-        shape = task.videos, task.tokens, task.heads
+        task = dataclasses.replace(self.task, what=what)
+        shape = task.videos, task.filled, task.heads
         written = {
             "values": np.zeros((shape[0], shape[2], shape[1], task.width), E4M3),
             "exponents": np.full(shape, -99, np.int32),
@@ -79,7 +83,7 @@ class Case:
     params=[
         {"videos": 1, "tokens": 5, "count": 3, "width": 128},
         {"videos": 2, "tokens": 3, "count": 40, "width": 128, "rotate": False, "center": False},
-        {"videos": 2, "tokens": 9, "count": 33, "width": 64, "eps": None},
+        {"videos": 2, "tokens": 9, "filled": 12, "count": 33, "width": 64, "eps": None},
         {"videos": 1, "tokens": 2, "count": 2, "width": 64, "rope": False, "rotate": False},
     ],
     ids=str,
@@ -136,22 +140,61 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
     wan = {"heads": 40, "width": 128}
     cases = [{"what": "queries", **wan}, {"what": "keys", **wan, "videos": 2}]
     cases.append({"what": "queries", "heads": 12, "width": 64, "norm": False})
-    of_queries, of_keys, small = deviceless.compiled(tmp_path, cases, "heads")
-    assert of_keys.spilled == small.spilled == 0
+    cases.append({"what": "values", **wan})
+    of_queries, of_keys, small, of_values = deviceless.compiled(tmp_path, cases, "heads")
+    assert of_keys.spilled == small.spilled == of_values.spilled == 0
     assert of_queries.spilled <= 40  # counted twice: five registers, beside 80 of x
+
+
+@pytest.mark.parametrize(
+    "videos, tokens, count, width", [(1, 300, 2, 128), (2, 128, 3, 64), (1, 5, 1, 64)]
+)
+def test_values(rng, videos, tokens, count, width):
+    x = (3 * rng.randn(videos, tokens, count * width)).astype(ml_dtypes.bfloat16)
+    x[0, 3, 7] = np.nan
+    filled = -(-tokens // 128) * 128
+    exponents = rng.randint(-3, 3, (videos, count * width))
+    factors = np.exp2(exponents).astype(np.float32)
+    factors[0, 7] = np.nan
+    task = values_program.Task(
+        videos=videos, tokens=tokens, filled=filled, heads=count, width=width, ones=8, warps=WARPS
+    )
+    out = np.full((videos, count, width + 8, filled), 77, E4M3)
+    for array in (x, factors):
+        array.setflags(write=False)
+    sizes = {"shared_bytes": 0, "threads": 32 * WARPS, "blocks": BLOCKS}
+    ptx_machine.run(values_program.program(task), [x, factors, out], **sizes, seed=1)
+    scaled = (x.astype(np.float32) * factors[:, None]).reshape(videos, tokens, count, width)
+    expected = np.zeros(out.shape, np.float32)
+    expected[:, :, :width, :tokens] = scaled.transpose(0, 2, 3, 1)
+    expected[0, 0, 7] = np.nan
+    expected[:, :, width:, :tokens] = 1
+    expected = np.asarray(in_order(jnp.asarray(expected))).clip(-448, 448).astype(E4M3)
+    np.testing.assert_array_equal(out.view(np.uint8), expected.view(np.uint8))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": jnp.zeros((1, 2, 128), jnp.float32)}, "x: expected bfloat16"),
-        ({"heads": 4}, "expected heads of 64 or 128, got 32"),
-        ({"x": jnp.zeros((1, 2, 5248), jnp.bfloat16), "heads": 41}, "do not fit"),
-        ({"norm": heads.Norm(jnp.zeros(64), 1e-6)}, "gain: expected float32"),
-        ({"rope": heads.Rope(jnp.zeros((2, 32)), jnp.zeros((3, 32)))}, "sin: expected float32"),
+        ({"gain": jnp.zeros(64)}, r"gain: expected \[128\], got \[64\]"),
+        ({"rope": (jnp.zeros((2, 32)), jnp.zeros((3, 32)))}, r"sin: expected \[2, 32\]"),
     ],
 )
 def test_bad_input_is_an_error(change, message):
-    arguments = {"x": jnp.zeros((1, 2, 128), jnp.bfloat16), "heads": 2, "num_sms": 1}
+    x = Projected(x=jnp.zeros((1, 2, 128), jnp.bfloat16), heads=2, eps=1e-6)
     with pytest.raises(ValueError, match=message):
-        heads.queries(**(arguments | change))
+        heads.queries(dataclasses.replace(x, **change), rotate=False, num_sms=1)
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, count, reason",
+    [
+        (jnp.float32, 128, 2, "not bfloat16"),
+        (jnp.bfloat16, 128, 4, "heads of 32; only 64, 128"),
+        (jnp.bfloat16, 5248, 41, "do not fit"),
+        (jnp.bfloat16, 5120, 40, None),
+    ],
+)
+def test_what_does_not_fit(dtype, channels, count, reason):
+    found = heads.misfit(Projected(x=jnp.zeros((1, 2, channels), dtype), heads=count))
+    assert (reason is None and found is None) or reason in found
