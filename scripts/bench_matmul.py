@@ -26,6 +26,7 @@ from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
 from scripts._products import (
     FORMAT,
+    SHORT,
     SHORT_PRODUCTS,
     SHORT_WEIGHTS,
     operands,
@@ -216,7 +217,7 @@ def to_markdown(
         f"`{FORMAT}` weights, fp8 rows, bf16 results. Ratios: times faster than XLA's bf16 "
         "product; XLA's and PyTorch's fp8 products read 8-bit weights. With bf16 rows: quantised "
         "first, the choice of dialects included; rows kept in bf16: only weights are quantised. "
-        f"Up to {SHORT} tokens: {SHORT_PRODUCTS} products a call, with {SHORT_WEIGHTS} weights in turn. "
+        f"Up to {SHORT} tokens: {SHORT_PRODUCTS} products a call, {SHORT_WEIGHTS} weights in turn. "
         "Least: the bytes that must move, at the speed of a copy.",
         *lines,
     )

@@ -110,9 +110,10 @@ def matmul_few(
                 at = pl.ds((first + turn * blocks) * ROWS, ROWS)
                 # Now, so that nobody waits for them at the end.
                 scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
-                of_w = (
-                    load(ws_g.at[at], BY_W),
-                    None if bias_g is None else load(bias_g.at[at], BY_W),
+                w_scale = load(ws_g.at[at], BY_W)
+                of_bias = None if bias_g is None else load(bias_g.at[at], BY_W)
+                finish = functools.partial(
+                    finished, x_scale=scale, w_scale=w_scale, bias=of_bias, activation=activation
                 )
 
                 def step(_, state):
@@ -131,7 +132,7 @@ def matmul_few(
                 total = multiply.in_pairs(total)
                 for other in range(1, sharing):
                     pl.when(group == other)(functools.partial(hand_over, total, other, turn))
-                pl.when(group == 0)(functools.partial(store, total, scale, of_w, at))
+                pl.when(group == 0)(functools.partial(store, total, finish, at))
                 return number
 
             def hand_over(total, other, turn):
@@ -144,7 +145,7 @@ def matmul_few(
                 sums_s[other - 1] = total
                 plgpu.barrier_arrive(sums_written)
 
-            def store(total, scale, of_w, at):
+            def store(total, finish, at):
                 """Add up, and send the result out."""
                 if sharing > 1:
                     plgpu.barrier_wait(sums_written)
@@ -152,7 +153,7 @@ def matmul_few(
                         total = total + load(sums_s.at[other], plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(sums_read)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store_transposed(out_s, finished(total, scale, *of_w, activation).astype(out_dtype))
+                store_transposed(out_s, finish(total).astype(out_dtype))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, out_g.at[:, at])
 

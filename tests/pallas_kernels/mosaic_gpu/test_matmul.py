@@ -138,7 +138,7 @@ def test_rows_of_another_width_are_refused():
     with pytest.raises(ValueError, match="config: x_bytes is 2, but x is float8_e4m3fn"):
         matmul(
             jnp.zeros((8, 128), jnp.float8_e4m3fn),
-            *[None] * 4,
+            *[None] * 3,
             activation=None,
             config=heuristic(BF16, 8, 64),
             out_dtype=jnp.float32,
