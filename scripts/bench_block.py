@@ -10,7 +10,6 @@ fp8.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +18,11 @@ import jax.numpy as jnp
 
 from models.common.attention import attention
 from models.common.full_path import FullPath
-from models.common.kernel_ops import on_kernels, tile_kernels
 from models.common.layers import Ops, matmul
-from models.common.quantizer import InputQuantizer, SiteRule
-from models.common.recipes import INPUTS, KERNELS
 from models.common.rope import rope_table
-from models.common.semantic import Decomposition, SemanticDialect, Sharing
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Block
-from models.wan.sites import SITES, TEXT_SITES, VIDEO_SITES, video_inputs
+from models.wan.sites import SITES, TEXT_SITES
 from pallas_kernels import MODES, TiledWeight, device, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import (
@@ -37,12 +32,8 @@ from scripts._timing import (
     peak_bytes,
     side_by_side_seconds,
 )
-from sdq import Rule, quantize_params, resolve
+from scripts._wan import FORMAT, TEXT, Grid, in_4_bits, random_params, ways
 from sdq.rules import path_of
-
-FORMAT = "sdq32:16"
-TEXT = 512
-RULES = (SiteRule(INPUTS, FORMAT),)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,40 +46,7 @@ class Result:
     peak_mib: float
 
 
-def random_block(config: WanConfig, arguments: tuple[Any, ...]) -> Any:
-    """Parameters in bf16, kernels with the spread that keeps numbers in range."""
-    shapes = jax.eval_shape(Block(config, Ops()).init, jax.random.key(0), *arguments)["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-
-    def leaf(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        spread = shape.shape[0] ** -0.5 if len(shape.shape) == 2 else 0.02
-        return (spread * jax.random.normal(key, shape.shape)).astype(jnp.bfloat16)
-
-    return jax.tree.unflatten(tree, [leaf(*both) for both in zip(keys, leaves, strict=True)])
-
-
-def in_4_bits(params: Any) -> Any:
-    """4-bit kernels in the order of the Hopper kernel."""
-    tree = {"blocks": params}
-    plan = resolve([Rule(KERNELS, FORMAT, select="two_stage"), Rule(r".*", None)], tree)
-    return tile_kernels(quantize_params(tree, plan))["blocks"]
-
-
-def semantic_dialect(config: WanConfig, grid: tuple[int, int, int], tokens: int) -> SemanticDialect:
-    """All parts on."""
-    return SemanticDialect(
-        rules=RULES,
-        grid=grid,
-        sites=video_inputs(config),
-        sharing=Sharing(),
-        decomposition=Decomposition(
-            tokens=tokens // 10, layers=tuple((site, (0,)) for site in VIDEO_SITES)
-        ),
-    )
-
-
-def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result], dict[str, float]]:
+def measure(config: WanConfig, grid: Grid) -> tuple[list[Result], dict[str, float]]:
     """Whole blocks, and milliseconds of their parts alone."""
     tokens = grid[0] * grid[1] * grid[2]
     keys = jax.random.split(jax.random.key(1), 6)
@@ -96,19 +54,14 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
     text = jax.random.normal(keys[1], (1, TEXT, config.width), jnp.bfloat16)
     modulation = jax.random.normal(keys[2], (1, 1, 6, config.width))
     rope = rope_table(grid, config.rope_widths, config.rope_theta)
-    params = random_block(config, (x, text, None, modulation, rope, None))
+    arguments = (x, text, None, modulation, rope, None)
+    params = random_params(
+        jax.eval_shape(Block(config, Ops()).init, jax.random.key(0), *arguments)["params"]
+    )
     fewer = in_4_bits(params)
-    online = semantic_dialect(config, grid, tokens)
-    state = jax.tree.map(lambda part: part[0], online.initial_state(1, 1))
-    state = online.at_step(online.at_step(state, jnp.int32(1)), jnp.int32(2))
-    quantized = {
-        "plain": (Ops(quantizer=InputQuantizer(RULES)), None),
-        "semanticdialect": (Ops(quantizer=online), state),
-        "full_path": (Ops(quantizer=online, attention=FullPath()), state),
-    }
-    ways: dict[str, tuple[Ops, Any, Any]] = {"bf16": (Ops(), params, None)}
-    for (name, (ops, memory)), mode in itertools.product(quantized.items(), MODES):
-        ways[f"{name}, {mode}"] = on_kernels(ops, mode), fewer, memory
+    tried: dict[str, tuple[Ops, Any, Any]] = {"bf16": (Ops(), params, None)}
+    for name, (ops, state) in ways(config, grid, layers=1).items():
+        tried[name] = ops, fewer, jax.tree.map(lambda part: part[0], state)
 
     def run(ops: Ops, weights: Any, x: Any, text: Any, modulation: Any, memory: Any) -> Any:
         inputs = (x, text, None, modulation, rope, memory)
@@ -116,7 +69,7 @@ def measure(config: WanConfig, grid: tuple[int, int, int]) -> tuple[list[Result]
 
     calls = {
         name: (functools.partial(run, ops), (weights, x, text, modulation, memory))
-        for name, (ops, weights, memory) in ways.items()
+        for name, (ops, weights, memory) in tried.items()
     }
     programs = dict(zip(calls, compiled(list(calls.values())), strict=True))
     peaks = {name: peak_bytes(program) / 2**20 for name, program in programs.items()}
