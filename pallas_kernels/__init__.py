@@ -4,6 +4,7 @@ from pallas_kernels.api import Explanation, quantized_matmul, supports, which
 from pallas_kernels.attention import quantized_attention
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
+from pallas_kernels.normed import Normed, normed
 from pallas_kernels.projected import Projected, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -14,10 +15,12 @@ __all__ = [
     "MODES",
     "Explanation",
     "Fp8Rows",
+    "Normed",
     "Projected",
     "Quantized",
     "TiledWeight",
     "fp8_rows",
+    "normed",
     "prepared",
     "quantize_rows",
     "quantized_attention",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.normed import Normed, normed
 from pallas_kernels.rows import Fp8Rows, fp8_rows, numbers
 from sdq import formats, quantize, seda
 from sdq.formats import Format
@@ -26,7 +27,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows(
-    x: jax.Array,
+    x: jax.Array | Normed,
     fmt: str | Format,
     *,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
@@ -36,7 +37,8 @@ def quantize_rows(
     """Quantise activations along their last axis, blocks choosing their dialect in two stages.
 
     Args:
-      x: bf16 or float32 `[B, S, K]`; "mosaic_gpu" takes bf16.
+      x: bf16 or float32 `[B, S, K]`; "mosaic_gpu" takes bf16. Normed is normed on the way there,
+        which may move single numbers to a neighbour: other sums than those of "reference".
       fmt: a dialect format.
       sub_formatbooks: of `seda.sub_formatbooks`, and the group of each token `[B, S]`.
       tokens: of which the residual is wanted, int32 `[B, n]`.
@@ -58,7 +60,7 @@ def quantize_rows(
     return call(x, fmt, sub_formatbooks, tokens)
 
 
-def supports(implementation: str, x: jax.Array, fmt: Format) -> str | None:
+def supports(implementation: str, x: jax.Array | Normed, fmt: Format) -> str | None:
     """Why an implementation cannot quantise x so here; None if it can."""
     if fmt.family != "dialect":
         return f"{fmt} numbers are not fp8 numbers times a power of two a row"
@@ -74,11 +76,12 @@ def supports(implementation: str, x: jax.Array, fmt: Format) -> str | None:
 
 
 def _reference(
-    x: jax.Array,
+    x: jax.Array | Normed,
     fmt: Format,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None,
     tokens: jax.Array | None,
 ) -> Quantized:
+    x = normed(x)
     select = "two_stage" if fmt.has_choice else None
     allowed = None if sub_formatbooks is None else seda.allowed(*sub_formatbooks)
     rows = fp8_rows(quantize(x, fmt, select=select, allowed=allowed))
@@ -91,7 +94,7 @@ def _reference(
 
 
 def _mosaic_gpu(
-    x: jax.Array,
+    x: jax.Array | Normed,
     fmt: Format,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None,
     tokens: jax.Array | None,
@@ -99,6 +102,10 @@ def _mosaic_gpu(
     from pallas_kernels.mosaic_gpu import quantizer as kernel
 
     batch, length, width = x.shape
+    norm = None
+    if isinstance(x, Normed) and x.gain.shape[1] == 1:
+        gain, shift = (jnp.broadcast_to(part[:, 0], (batch, width)) for part in (x.gain, x.shift))
+        norm, x = kernel.Norm(gain, shift, x.eps), x.x
     sub = None
     if sub_formatbooks is not None:
         books, group = sub_formatbooks
@@ -111,12 +118,13 @@ def _mosaic_gpu(
     if tokens is not None:
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
         residual_of = (tokens + first).reshape(-1)
-    flat = x.reshape(batch * length, width)
+    flat = normed(x).reshape(batch * length, width)
     found = kernel.quantize(
         flat,
         fmt,
         sub_formatbooks=sub,
         residual_of=residual_of,
+        norm=norm,
         num_sms=device.current().cores,
     )
     return jax.tree.map(

@@ -1,6 +1,7 @@
 """Ops on kernels: quantised inputs become fp8 rows, products `pallas_kernels.quantized_matmul`.
 
-The numbers are those of the plain Ops to the last bit; products differ by how sums are rounded.
+The numbers are those of the plain Ops to the last bit, but where a norm is done on the way; that
+and products differ by how sums are rounded.
 Nothing is chosen in silence: what no kernel can do is an error that says why.
 """
 
@@ -16,6 +17,7 @@ from models.common.semantic import SemanticDialect
 from pallas_kernels import (
     MODES,
     Fp8Rows,
+    Normed,
     TiledWeight,
     quantize_rows,
     quantized_matmul,
@@ -46,7 +48,7 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
 
 
 def rounding(
-    x: jax.Array,
+    x: jax.Array | Normed,
     rule: SiteRule,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
     tokens: jax.Array | None = None,

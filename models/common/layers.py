@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
-from pallas_kernels import ACTIVATIONS, Projected
+from pallas_kernels import ACTIVATIONS, Normed, Projected
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
@@ -114,24 +114,17 @@ class AffineLayerNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Normed:
         """Same shape and dtype as x."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        y = layer_norm(x, self.eps)
-        return (y * _broadcast(scale, y) + _broadcast(bias, y)).astype(x.dtype)
+        gain, shift = (part.astype(jnp.float32)[None, None] for part in (scale, bias))
+        return Normed(x=x, gain=gain, shift=shift, eps=self.eps)
 
 
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Layer norm over the last axis without parameters, in and returned as float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-
-
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> Normed:
     """LN(x) (1 + scale) + shift, float32 inside; shift and scale `[B, 1 or S, D]`."""
-    return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
+    return Normed(x=x, gain=1 + scale, shift=shift, eps=eps)
 
 
 def sinusoid(t: jax.Array, width: int) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, Rounding, SiteRule, first_match, plain_rounding
-from pallas_kernels import Projected, prepared
+from pallas_kernels import Normed, Projected, normed, prepared
 from sdq import formats, saliency, seda
 from sdq.decompose import Decomposed
 from sdq.qtensor import blocks_of
@@ -236,14 +236,14 @@ class SemanticDialect:
             group=jnp.where(learn, state.next_group, state.group),
         )
 
-    def quantize(self, x: jax.Array, site: str, state: State | None) -> Input:
+    def quantize(self, x: jax.Array | Normed, site: str, state: State | None) -> Input:
         """x `[B, S, K]`, rounded within its token's sub-formatbook, decomposed where planned."""
         rule = first_match(self.rules, site)
         if rule is None:
-            return x
+            return normed(x)
         x = rule.turned(x)
         if rule.format is None:
-            return x
+            return normed(x)
         books = self.sub_formatbooks(site, state)
         if state is None or site not in state.active:
             return self.rounding(x, rule, books)[0]
@@ -251,7 +251,8 @@ class SemanticDialect:
         tokens = state.salient[:, : self.decomposition.tokens]
         if self.saliency == "error":
             base = rule.rounded(x, None if books is None else seda.allowed(*books))
-            left = jnp.sum(jnp.square(x.astype(jnp.float32) - base.astype(jnp.float32)), axis=-1)
+            left = normed(x).astype(jnp.float32) - base.astype(jnp.float32)
+            left = jnp.sum(jnp.square(left), axis=-1)
             tokens = saliency.most_salient(left, self.decomposition.tokens)
         rounded, residual = self.rounding(x, rule, books, tokens)
         active = state.active[site]
@@ -266,7 +267,7 @@ class SemanticDialect:
         free = state.learn | ~state.shares[site]
         return books, jnp.where(free, alone, state.group)
 
-    def saw_input(self, x: jax.Array, site: str, state: State | None) -> State | None:
+    def saw_input(self, x: jax.Array | Normed, site: str, state: State | None) -> State | None:
         """Sub-formatbooks for this site's groups, on a step that learns."""
         if state is None or site not in state.books or self.sharing is None:
             return state
@@ -276,7 +277,7 @@ class SemanticDialect:
 
         def learned() -> jax.Array:
             return seda.sub_formatbooks(
-                turn(x),
+                normed(turn(x)),
                 state.group,
                 fmt,
                 count=sharing.anchors,

@@ -27,7 +27,7 @@ from models.common.layers import (
 from models.common.quantizer import Input
 from models.common.rope import rope_table
 from models.wan.config import WanConfig
-from pallas_kernels import Projected
+from pallas_kernels import Normed, Projected, normed
 
 IMAGE_EPS = 1e-5  # of the norms around the image embedding
 
@@ -103,12 +103,12 @@ class Wan(nn.Module):
             "head_modulation", nn.initializers.normal(config.width**-0.5), (2, config.width)
         )
         shift, scale = _modulation(table, time.astype(jnp.float32)[..., None, :])
-        tokens = modulated_norm(tokens, shift, scale, config.eps)
-        out = self._linear("head", tokens, config.out_channels * math.prod(config.patch))
+        last = modulated_norm(tokens, shift, scale, config.eps)
+        out = self._linear("head", last, config.out_channels * math.prod(config.patch))
         video = unpatchify(out.astype(jnp.float32), size, config.patch)
         return video if state is None else (video, new_state)
 
-    def _linear(self, name: str, x: jax.Array, features: int | None = None) -> jax.Array:
+    def _linear(self, name: str, x: jax.Array | Normed, features: int | None = None) -> jax.Array:
         linear = Linear(features or self.config.width, self.ops, name=name)
         return linear(self.ops.quantizer.quantize(x, name, None))
 
@@ -137,16 +137,16 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(table, modulation)
 
         h = modulated_norm(x, shift1, scale1, config.eps)
-        h, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state)
-        x = _gated(x, h, gate1)
+        y, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state)
+        x = _gated(x, y, gate1)
 
         h = AffineLayerNorm(config.eps, name="cross_norm")(x)
-        h, state = CrossAttention(config, self.ops, name="cross_attn")(h, context, image, state)
-        x = x + h
+        y, state = CrossAttention(config, self.ops, name="cross_attn")(h, context, image, state)
+        x = x + y
 
         h = modulated_norm(x, shift2, scale2, config.eps)
-        h, state = FeedForward(config, self.ops, name="ffn")(h, state)
-        x = _gated(x, h, gate2)
+        y, state = FeedForward(config, self.ops, name="ffn")(h, state)
+        x = _gated(x, y, gate2)
         self.sow("intermediates", "output", x, reduce_fn=_latest)
         return x, state
 
@@ -159,7 +159,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], state: Any
+        self, x: jax.Array | Normed, rope: tuple[jax.Array, jax.Array], state: Any
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
@@ -184,7 +184,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, text: jax.Array, image: jax.Array | None, state: Any
+        self, x: jax.Array | Normed, text: jax.Array, image: jax.Array | None, state: Any
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
@@ -216,7 +216,7 @@ class FeedForward(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array | Normed, state: Any) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         quantizer = self.ops.quantizer
         up = Linear(self.config.ffn_width, self.ops, activation="gelu", name="up")
@@ -236,18 +236,18 @@ class ImageEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, tokens, image_width]` -> `[B, tokens, D]`."""
-        x = AffineLayerNorm(IMAGE_EPS, name="norm_in")(x)
+        h = AffineLayerNorm(IMAGE_EPS, name="norm_in")(x)
         up = Linear(x.shape[-1], self.ops, name="up")
         down = Linear(self.config.width, self.ops, name="down")
-        x = up(self.ops.quantizer.quantize(x, "image_embedding/up", None))
+        x = up(self.ops.quantizer.quantize(h, "image_embedding/up", None))
         x = jax.nn.gelu(x, approximate=False)
         x = down(self.ops.quantizer.quantize(x, "image_embedding/down", None))
-        return AffineLayerNorm(IMAGE_EPS, name="norm_out")(x)
+        return normed(AffineLayerNorm(IMAGE_EPS, name="norm_out")(x))
 
 
-def _quantized(module: Any, x: jax.Array, site: str, state: Any) -> Input:
+def _quantized(module: Any, x: jax.Array | Normed, site: str, state: Any) -> Input:
     """The input of a block's linears, quantised if the Ops say so; sown as an intermediate."""
-    module.sow("intermediates", site.rpartition("/")[2] + "_input", x, reduce_fn=_latest)
+    module.sow("intermediates", site.rpartition("/")[2] + "_input", normed(x), reduce_fn=_latest)
     return module.ops.quantizer.quantize(x, f"blocks/{site}", state)
 
 

@@ -1,0 +1,48 @@
+"""Normed: what a layer norm is about to make, so that whoever rounds it can norm it on the way."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Normed:
+    """Stands for LN(x) gain + shift `[B, S, K]`, float32 inside.
+
+    Attributes:
+      x: `[B, S, K]`.
+      gain: float32 `[1 or B, 1 or S, K]`; 1 + scale of a modulation.
+      shift: likewise.
+      eps: added to the variance.
+    """
+
+    x: jax.Array
+    gain: jax.Array
+    shift: jax.Array
+    eps: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of x, which the numbers are rounded to."""
+        return self.x.dtype
+
+
+def normed(x: jax.Array | Normed) -> jax.Array:
+    """The numbers, in x's dtype."""
+    if not isinstance(x, Normed):
+        return x
+    return (layer_norm(x.x, x.eps) * x.gain + x.shift).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis without parameters, in and returned as float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
