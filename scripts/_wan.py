@@ -54,7 +54,8 @@ def semantic_dialect(config: WanConfig, grid: Grid, layers: int) -> SemanticDial
         sites=video_inputs(config),
         sharing=Sharing(),
         decomposition=Decomposition(
-            tokens=tokens // 80 * 8, layers=tuple((site, tuple(range(layers))) for site in VIDEO_SITES)
+            tokens=tokens // 80 * 8,
+            layers=tuple((site, tuple(range(layers))) for site in VIDEO_SITES),
         ),
     )
 

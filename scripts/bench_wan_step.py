@@ -68,6 +68,8 @@ def measure(config: WanConfig, grid: Grid) -> list[Result]:
         for name, (ops, weights, state) in tried.items()
     }
     programs = dict(zip(calls, compiled(list(calls.values())), strict=True))
+    for name, program in programs.items():
+        print(f"{name}: {peak_bytes(program) / 1e9:.2f} GB", flush=True)
     timed: dict[str, Callable[[], Any]] = {
         name: functools.partial(program, *calls[name][1]) for name, program in programs.items()
     }
