@@ -35,9 +35,9 @@ def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     base = heuristic(mode, m, n)
     yield base
     if isinstance(base, FewConfig):
-        for warpgroups, each in itertools.product((2, 3, 4, 5, 6), (2, 4)):
+        for warpgroups, each, cluster in itertools.product((3, 4, 5), (2, 4), (1, 2, 4)):
             stages = warpgroups * each
-            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
+            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages, cluster=cluster)
             yield fitted(few, 2, most=stages)
         return
     for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
