@@ -77,9 +77,8 @@ def quantized_attention(
     (_, length, heads, _), out_dtype, block = q.shape, q.dtype, None
     everything = mask is None and causal is None and fmt_qk is None and fmt_pv is None
     if chosen == "mosaic_gpu" and everything and _kernels_read(q, k, v):
-        return _attend(_by_kernels(q, k, v, center, rotate, scale), heads, None, out_dtype)[
-            :, :length
-        ]
+        y = _attend(_by_kernels(q, k, v, center, rotate, scale), heads, None, out_dtype)
+        return y[:, :length]
     mean = _mean_key(k, counts) if center else None
     q, k = (prepared(x, jnp.float32 if fmt_qk is None else x.dtype) for x in (q, k))
     if causal is not None and causal < length:

@@ -96,6 +96,7 @@ class Wan(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=config.layers,
+            check_constancy_invariants=False,  # nothing is broadcast: blocks need no second trace
         )(config, self.ops, name="blocks")
         tokens, new_state = blocks(tokens, context, image, modulation, rope, state)
 
