@@ -2,8 +2,8 @@
 
 out^T = W x^T, a tile of 64 weight rows at a time, by all warpgroups of a block together: each
 multiplies some of the channels, and one adds up what they found. Each decodes and then multiplies;
-while one waits for its numbers, others work. Blocks of a cluster share the rows of x: 64 of them are
-more bytes than the weights.
+while one waits for its numbers, others work. Blocks of a cluster share the rows of x: 64 of them
+are more bytes than the weights.
 """
 
 import functools
