@@ -2,7 +2,8 @@
 
     PATH/manifest.json     what every leaf is, and size and SHA-256 of every file
     PATH/data-<n>/         the arrays, one Orbax (zarr3) folder each, so that a damaged file names
-                           its leaf
+                           its leaf; those of a leaf in a folder of their own if they were written
+                           leaf by leaf (`checkpoint_stream.py`)
 
 Atomic: a save writes a new data folder first and then replaces the manifest in one rename, so a
 killed save leaves the old checkpoint or the new one. What a killed save left behind goes with the
@@ -28,6 +29,7 @@ import numpy as np
 from sdq import formats, qtensor, rules
 from sdq.files import abandoned
 from sdq.manifest import (
+    JOURNAL,
     MANIFEST,
     REMEDY,
     CheckpointError,
@@ -59,33 +61,44 @@ def save(
       metadata: anything JSON can hold, for the caller (model name, recipe, ...).
     """
     root = pathlib.Path(path).absolute()
-    _check_ours(root)
+    check_ours(root)
     try:
         json.dumps(metadata)
     except TypeError as error:
         raise ValueError(f"save: metadata: {error}") from None
     leaves = rules.flatten(params)
-    entries, arrays = _entries(leaves, {r.path: r.sqnr_db for r in reports})
-    data = root / f"data-{_same_everywhere(_next_number(root))}"
+    described, arrays = entries(leaves, {r.path: r.sqnr_db for r in reports})
+    data = root / f"data-{_same_everywhere(next_number(root))}"
     root.mkdir(parents=True, exist_ok=True)
-    _write_arrays(data, arrays)
+    write_arrays(data, arrays)
     if jax.process_index() == 0:
-        manifest = Manifest(
-            data=data.name,
-            leaves=tuple(entries),
-            files={name: fingerprint(data / name) for name in files_in(data)},
-            written_by={
-                name: importlib.metadata.version(name)
-                for name in ("sdq", "jax", "orbax-checkpoint")
-            },
-            metadata=metadata or {},
-        )
-        write_manifest(root, manifest)
-        for old in root.glob("data-*"):
-            if old != data:
-                shutil.rmtree(old)
-        for file in abandoned(root / MANIFEST):
-            file.unlink()
+        files = {name: fingerprint(data / name) for name in files_in(data)}
+        finish(root, data, described, files, metadata)
+
+
+def finish(
+    root: pathlib.Path,
+    data: pathlib.Path,
+    leaves: Iterable[LeafEntry],
+    files: dict[str, tuple[int, str]],
+    metadata: dict[str, Any] | None,
+) -> None:
+    """Make what lies in `data` the checkpoint, in one rename, and remove what was before."""
+    manifest = Manifest(
+        data=data.name,
+        leaves=tuple(leaves),
+        files=files,
+        written_by={
+            name: importlib.metadata.version(name) for name in ("sdq", "jax", "orbax-checkpoint")
+        },
+        metadata=metadata or {},
+    )
+    write_manifest(root, manifest)
+    for old in root.glob("data-*"):
+        if old != data:
+            shutil.rmtree(old)
+    for file in (*abandoned(root / MANIFEST), root / JOURNAL):
+        file.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> Any:
@@ -120,18 +133,20 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
 
 def leaf_reports(manifest: Manifest) -> list[LeafReport]:
     """What `quantize_params` reported, for every leaf of a checkpoint."""
-    return [
-        LeafReport(
-            path=entry.path,
-            format=None if entry.format is None else formats.parse(entry.format),
-            shape=entry.shape,
-            dtype=entry.dtype,
-            bytes_before=math.prod(entry.shape) * np.dtype(entry.dtype).itemsize,
-            bytes_after=entry.nbytes,
-            sqnr_db=entry.sqnr_db,
-        )
-        for entry in manifest.leaves
-    ]
+    return [leaf_report(entry) for entry in manifest.leaves]
+
+
+def leaf_report(entry: LeafEntry) -> LeafReport:
+    """The same for one."""
+    return LeafReport(
+        path=entry.path,
+        format=None if entry.format is None else formats.parse(entry.format),
+        shape=entry.shape,
+        dtype=entry.dtype,
+        bytes_before=math.prod(entry.shape) * np.dtype(entry.dtype).itemsize,
+        bytes_after=entry.nbytes,
+        sqnr_db=entry.sqnr_db,
+    )
 
 
 def abstract(path: str | os.PathLike) -> Any:
@@ -141,9 +156,12 @@ def abstract(path: str | os.PathLike) -> Any:
     return _nested({entry.path: _abstract_leaf(root, entry) for entry in entries})
 
 
-def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
-    """Manifest entries, and the arrays by folder name."""
-    entries, arrays = [], {}
+def entries(
+    leaves: dict[str, Any], sqnr_db: dict[str, float | None]
+) -> tuple[list[LeafEntry], dict[str, jax.Array]]:
+    """What a manifest says of leaves, and their arrays by folder name."""
+    found: list[LeafEntry] = []
+    arrays: dict[str, jax.Array] = {}
     for path, leaf in leaves.items():
         if not rules.is_qtensor(leaf) and not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(f"save: leaf {path!r} is no array but {type(leaf).__name__}")
@@ -156,7 +174,7 @@ def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
             while name in arrays:  # "a.b" beside "a/b"
                 name += "_"
             arrays[name], names[part] = array, name
-        entries.append(
+        found.append(
             LeafEntry(
                 path=path,
                 format=str(leaf.format) if quantised else None,
@@ -168,7 +186,7 @@ def _entries(leaves: dict[str, Any], sqnr_db: dict[str, float | None]):
                 arrays=names,
             )
         )
-    return entries, arrays
+    return found, arrays
 
 
 def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
@@ -221,7 +239,8 @@ def _signature(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _write_arrays(data: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+def write_arrays(data: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+    """Into a new folder, one folder each."""
     # Orbax refuses arrays without elements; the manifest alone restores them.
     kept = {name: array for name, array in arrays.items() if array.size}
     if not kept:
@@ -243,28 +262,34 @@ def _read_arrays(
     stored = {name: t for name, t in targets.items() if name not in arrays}
     if not stored:
         return arrays
+    folders: dict[pathlib.Path, dict[str, Any]] = {}  # of Orbax; one, or one for each leaf
+    for name, target in stored.items():
+        place = root / manifest.data / name
+        folders.setdefault(place.parent, {})[place.name] = target
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with _orbax() as (ocp, checkpointer):
-        restore_args = {
-            name: ocp.ArrayRestoreArgs(
-                sharding=getattr(target, "sharding", None) or here,
-                global_shape=target.shape,
-                dtype=target.dtype,
-            )
-            for name, target in stored.items()
-        }
-        structs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in stored.items()}
-        try:
-            arrays |= checkpointer.restore(
-                root / manifest.data,
-                args=ocp.args.PyTreeRestore(item=structs, restore_args=restore_args),
-            )
-        except Exception as error:
-            # Whatever tensorstore or Orbax made of damaged files that nobody verified.
-            raise CheckpointError(
-                f"{root / manifest.data}: cannot be read ({error}); "
-                f"load with verify=True to learn which file; {REMEDY}"
-            ) from error
+        for folder, wanted_here in folders.items():
+            restore_args = {
+                name: ocp.ArrayRestoreArgs(
+                    sharding=getattr(target, "sharding", None) or here,
+                    global_shape=target.shape,
+                    dtype=target.dtype,
+                )
+                for name, target in wanted_here.items()
+            }
+            structs = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in wanted_here.items()}
+            try:
+                found = checkpointer.restore(
+                    folder, args=ocp.args.PyTreeRestore(item=structs, restore_args=restore_args)
+                )
+            except Exception as error:
+                # Whatever tensorstore or Orbax made of damaged files that nobody verified.
+                raise CheckpointError(
+                    f"{folder}: cannot be read ({error}); "
+                    f"load with verify=True to learn which file; {REMEDY}"
+                ) from error
+            prefix = folder.relative_to(root / manifest.data)
+            arrays |= {(prefix / name).as_posix(): array for name, array in found.items()}
     return arrays
 
 
@@ -287,7 +312,7 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
         checkpointer.close()
 
 
-def _check_ours(root: pathlib.Path) -> None:
+def check_ours(root: pathlib.Path) -> None:
     """Refuse to write into a folder of something else."""
     if root.is_file():
         raise ValueError(f"save: {root} is a file; give a folder")
@@ -295,7 +320,7 @@ def _check_ours(root: pathlib.Path) -> None:
     strangers = [
         item.name
         for item in (root.iterdir() if root.is_dir() else ())
-        if not item.name.startswith((MANIFEST, "data-")) and item.name not in ours
+        if not item.name.startswith((MANIFEST, JOURNAL, "data-")) and item.name not in ours
     ]
     if strangers:
         raise ValueError(
@@ -304,7 +329,8 @@ def _check_ours(root: pathlib.Path) -> None:
         )
 
 
-def _next_number(root: pathlib.Path) -> int:
+def next_number(root: pathlib.Path) -> int:
+    """Of a new data folder."""
     taken = [
         int(number)
         for folder in root.glob("data-*")

@@ -16,6 +16,7 @@ from sdq.files import write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
+JOURNAL = "unfinished.jsonl"  # of leaves that are there before the manifest is
 REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
 
 
@@ -28,7 +29,7 @@ class LeafEntry:
     """One leaf of a checkpoint, as its manifest describes it.
 
     `arrays` maps part names ("codes", "scales", "outer"; "array" for a plain leaf) to array
-    folders.
+    folders, or to `<folder of the leaf>/<array>`.
     """
 
     path: str
@@ -74,14 +75,15 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         raise CheckpointError(f"{file}: damaged (its checksum differs); {REMEDY}")
     return Manifest(
         data=body["data"],
-        leaves=tuple(_leaf_entry(leaf) for leaf in body["leaves"]),
+        leaves=tuple(leaf_entry(leaf) for leaf in body["leaves"]),
         files={name: tuple(facts) for name, facts in body["files"].items()},
         written_by=body["written_by"],
         metadata=body["metadata"],
     )
 
 
-def _leaf_entry(leaf: dict[str, Any]) -> LeafEntry:
+def leaf_entry(leaf: dict[str, Any]) -> LeafEntry:
+    """From what JSON made of it."""
     sqnr_db = leaf["sqnr_db"]
     return LeafEntry(
         **{
@@ -94,7 +96,11 @@ def _leaf_entry(leaf: dict[str, Any]) -> LeafEntry:
 
 def verify_files(root: pathlib.Path, manifest: Manifest) -> None:
     """Every file present, of its size and with its SHA-256."""
-    leaf_of = {name: entry.path for entry in manifest.leaves for name in entry.arrays.values()}
+    leaf_of = {
+        name.split("/")[0]: entry.path
+        for entry in manifest.leaves
+        for name in entry.arrays.values()
+    }
     for name, (nbytes, digest) in manifest.files.items():
         file = root / manifest.data / name
         leaf = leaf_of.get(name.split("/")[0])

@@ -313,7 +313,7 @@ def test_a_manifest_that_was_never_finished_goes(tmp_path):
     assert numbers(sdq.load(path)) == {1.0} and len(list(path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("step", ["_write_arrays", "write_manifest", "replace"])
+@pytest.mark.parametrize("step", ["write_arrays", "write_manifest", "replace"])
 def test_a_failure_at_any_step_leaves_the_old_checkpoint(step, saved, params, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
