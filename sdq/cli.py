@@ -63,6 +63,22 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
+    for name, what in (("convert", "as it is"), ("quantize", "quantised")):
+        command = commands.add_parser(
+            name,
+            help=f"read a published checkpoint and save it {what}",
+            description="Read safetensors in the original or in diffusers' key layout, a file, an "
+            f"index of shards or a folder, and save the weights {what} as an sdq checkpoint, leaf "
+            "by leaf. Killed, the same command goes on where it stopped.",
+        )
+        command.add_argument("source", metavar="SRC", help="file, index or folder")
+        command.add_argument("--model", required=True, help="which; a wrong name lists all")
+        if name == "quantize":
+            command.add_argument("--recipe", default="plain", help="(default: plain)")
+        command.add_argument("--out", type=pathlib.Path, required=True, help="folder")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=_quantize)
+
     sample = commands.add_parser(
         "sample",
         help="sample videos with a quantised model",
@@ -264,6 +280,16 @@ def _formats(args: argparse.Namespace) -> int:
     if args.plot:
         print(f"picture: {pathlib.Path(args.plot)}", file=sys.stderr)
     return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from models import checkpoints
+    from models.common import recipes
+
+    is_kept = args.command == "convert"
+    recipe = recipes.Recipe(name=recipes.KEEP) if is_kept else recipes.named(args.recipe)
+    checkpoints.quantize(args.source, args.model, recipe, args.out)
+    return _inspect(argparse.Namespace(path=args.out, json=args.json))
 
 
 def _inspect(args: argparse.Namespace) -> int:

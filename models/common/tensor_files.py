@@ -1,13 +1,22 @@
 """safetensors files: read lazily, single or sharded; written atomically; bfloat16 as it is."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -27,6 +36,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._files
+
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of all files, merged."""
@@ -38,6 +50,18 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         return tuple(self._open[self._files[name]].get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        """A tensor's bytes, likewise."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def dtype(self, name: str) -> np.dtype:
+        """A tensor's dtype, likewise."""
+        stored = self._open[self._files[name]].get_slice(name).get_dtype()
+        try:
+            return DTYPES[stored]
+        except KeyError:
+            raise ValueError(f"{self._files[name]}: {name}: numbers of type {stored}") from None
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFiles:

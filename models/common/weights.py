@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +49,12 @@ class Source:
 
     def names(self, blocks: int) -> list[str]:
         """The tensors that make the leaf."""
-        return [self.name.format(n) for n in range(blocks)] if "{}" in self.name else [self.name]
+        return [self.name.format(n) for n in range(blocks)] if self.is_stacked else [self.name]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether there is one for each block."""
+        return "{}" in self.name
 
 
 def params_from_tensors(
@@ -74,24 +79,43 @@ def params_from_tensors(
     Raises:
       ValueError: names or shapes differ (one error that lists all differences), or NaN or Inf.
     """
-    expected = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(abstract)}
-    if unmapped := expected.keys() ^ sources.keys():
-        raise ValueError(f"sources do not fit the tree: {sorted(unmapped)}")
+    check(tensors, sources, abstract, ignored)
 
     def read(keys, shape):
         path = path_of(keys)
-        source = sources[path]
-        parts = [source.layout(tensors[name]) for name in source.names(shape.shape[0])]
-        array = jnp.asarray(np.stack(parts) if "{}" in source.name else parts[0])
-        if not jnp.isfinite(array).all():
-            raise ValueError(f"{tensors.where}: {source.name}: holds NaN or Inf")
-        return leaf(path, array)
+        parts = list(parts_of(tensors, sources[path], shape.shape[0] if shape.shape else 1))
+        return leaf(path, jnp.stack(parts) if sources[path].is_stacked else parts[0])
 
+    return jax.tree_util.tree_map_with_path(read, abstract)
+
+
+def check(
+    tensors: TensorFiles,
+    sources: Mapping[str, Source],
+    abstract: Any,
+    ignored: Collection[str] = (),
+) -> None:
+    """Raise a ValueError that lists all names and shapes that differ, as `params_from_tensors`."""
+    expected = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    if unmapped := expected.keys() ^ sources.keys():
+        raise ValueError(f"sources do not fit the tree: {sorted(unmapped)}")
     if problems := _differences(tensors, sources, expected, ignored):
         raise ValueError(
             f"{tensors.where}: not a checkpoint of this model:\n  " + "\n  ".join(problems)
         )
-    return jax.tree_util.tree_map_with_path(read, abstract)
+
+
+def parts_of(tensors: TensorFiles, source: Source, blocks: int) -> Iterator[jax.Array]:
+    """What a leaf consists of, one block after the other.
+
+    Raises:
+      ValueError: NaN or Inf.
+    """
+    for name in source.names(blocks):
+        array = jnp.asarray(source.layout(tensors[name]))
+        if not jnp.isfinite(array).all():
+            raise ValueError(f"{tensors.where}: {name}: holds NaN or Inf")
+        yield array
 
 
 def _differences(

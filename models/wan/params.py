@@ -73,7 +73,7 @@ _TABLES = {
 LAYOUTS = ("original", "diffusers")
 _TELLTALES = ("head.head.weight", "proj_out.weight")  # of each layout
 # Some image-to-video checkpoints carry a norm that no code reads.
-_IGNORED = ("blocks.{}.attn2.norm_added_q.weight",)
+IGNORED = ("blocks.{}.attn2.norm_added_q.weight",)
 
 
 def load(
@@ -96,7 +96,7 @@ def load(
     """
     tensors = open_tensors(path)
     found = sources(config, layout_of(tensors))
-    return params_from_tensors(tensors, found, abstract_params(config), ignored=_IGNORED, leaf=leaf)
+    return params_from_tensors(tensors, found, abstract_params(config), ignored=IGNORED, leaf=leaf)
 
 
 def layout_of(tensors: TensorFiles) -> str:
