@@ -288,7 +288,11 @@ def _quantize(args: argparse.Namespace) -> int:
 
     is_kept = args.command == "convert"
     recipe = recipes.Recipe(name=recipes.KEEP) if is_kept else recipes.named(args.recipe)
-    checkpoints.quantize(args.source, args.model, recipe, args.out)
+    try:
+        checkpoints.quantize(args.source, args.model, recipe, args.out)
+    except KeyboardInterrupt:
+        print(f"sdq {args.command}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return _inspect(argparse.Namespace(path=args.out, json=args.json))
 
 

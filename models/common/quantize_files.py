@@ -106,7 +106,7 @@ def _made(
         part: Any = array
         if planned.format is not None:
             part = sdq.quantize(array, planned.format, axis=planned.axis, select=planned.select)
-            powers += np.asarray(_powers(array, part), np.float64)
+            powers += [float(power) for power in _powers(array, part)]
         parts.append(jax.device_get(part))
         on_part(array.nbytes)
     leaf = jax.tree.map(lambda *each: np.stack(each), *parts) if source.is_stacked else parts[0]

@@ -28,7 +28,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._open = {path: _opened(path) for path in dict.fromkeys(files.values())}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._open[self._files[name]].get_tensor(name)
+        # Opened anew, so that what was read does not stay mapped into memory.
+        return _opened(self._files[name]).get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

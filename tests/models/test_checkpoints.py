@@ -80,6 +80,18 @@ def test_interrupted_it_goes_on(source, tmp_path, monkeypatch):
     assert not (out / JOURNAL).exists()
 
 
+def test_an_interrupt_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    command = ["quantize", str(source), "--model", "tiny", "--out", str(tmp_path / "q")]
+    with monkeypatch.context() as during:
+        during.setattr("models.common.quantize_files._powers", interrupted)
+        assert main(command) == 130
+    assert "sdq quantize: interrupted; the same command goes on" in capsys.readouterr().err
+    assert main(command) == 0
+
+
 def test_command_line(source, tmp_path, capsys):
     out = str(tmp_path / "q")
     command = ["quantize", str(source), "--model", "tiny", "--recipe", "plain", "--out", out]
