@@ -4,13 +4,13 @@ import difflib
 import os
 from collections.abc import Callable
 
-from models.common.progress import bytes_bar
 from models.common.quantize_files import quantize_files
 from models.common.recipes import Recipe
 from models.common.tensor_files import open_tensors
 from models.wan import params as wan
 from models.wan.config import SIZES
 from models.wan.sites import SITES
+from sdq.progress import bytes_bar
 from sdq.tree import LeafReport
 
 

@@ -1,5 +1,6 @@
 """Wan transformers with random weights, in bf16 and on kernels, for what measures them."""
 
+import argparse
 import itertools
 from typing import Any
 
@@ -12,15 +13,34 @@ from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.recipes import INPUTS, KERNELS
 from models.common.semantic import Decomposition, SemanticDialect, Sharing
-from models.wan.config import WanConfig
+from models.wan.config import SIZES, WanConfig
 from models.wan.sites import VIDEO_SITES, video_inputs
-from pallas_kernels import MODES
+from pallas_kernels import MODES, device
+from scripts import _results as results
 from sdq import Rule, quantize_params, resolve
 
 FORMAT = "sdq32:16"
 TEXT = 512  # tokens of it
 RULES = (SiteRule(INPUTS, FORMAT),)
 Grid = tuple[int, int, int]
+
+
+def what_to_measure(doc: str | None) -> tuple[argparse.Namespace, WanConfig, Grid]:
+    """Of a script that measures one of `SIZES` on a Hopper GPU."""
+    parser = results.parser(doc)
+    parser.add_argument("--config", choices=list(SIZES), default="wan2.1-t2v-14b")
+    parser.add_argument(
+        "--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens along T, H, W"
+    )
+    args = parser.parse_args()
+    if reason := device.without_mosaic_gpu():
+        parser.error(reason)
+    return args, SIZES[args.config], tuple(args.grid)
+
+
+def environment(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """Where and of what a script measured."""
+    return results.environment(name, model=f"{args.config}, {' x '.join(map(str, args.grid))}")
 
 
 def random_params(shapes: Any) -> Any:

@@ -20,10 +20,10 @@ from models.common.attention import attention
 from models.common.full_path import FullPath
 from models.common.layers import Ops, matmul
 from models.common.rope import rope_table
-from models.wan.config import SIZES, WanConfig
+from models.wan.config import WanConfig
 from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES
-from pallas_kernels import MODES, TiledWeight, device, quantize_rows, quantized_matmul
+from pallas_kernels import MODES, TiledWeight, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import (
     SETTLED,
@@ -32,7 +32,16 @@ from scripts._timing import (
     peak_bytes,
     side_by_side_seconds,
 )
-from scripts._wan import FORMAT, TEXT, Grid, in_4_bits, random_params, ways
+from scripts._wan import (
+    FORMAT,
+    TEXT,
+    Grid,
+    environment,
+    in_4_bits,
+    random_params,
+    ways,
+    what_to_measure,
+)
 from sdq.rules import path_of
 
 
@@ -146,17 +155,9 @@ def to_markdown(found: list[Result], parts: dict[str, float], where: dict[str, s
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = results.parser(__doc__)
-    parser.add_argument("--config", choices=list(SIZES), default="wan2.1-t2v-14b")
-    parser.add_argument(
-        "--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens along T, H, W"
-    )
-    args = parser.parse_args()
-    if reason := device.without_mosaic_gpu():
-        parser.error(reason)
-    grid = tuple(args.grid)
-    found, parts = measure(SIZES[args.config], grid)
-    where = results.environment("bench_block", model=f"{args.config}, {' x '.join(map(str, grid))}")
+    args, config, grid = what_to_measure(__doc__)
+    found, parts = measure(config, grid)
+    where = environment("bench_block", args)
     page = to_markdown(found, parts, where)
     print(page)
     if args.out:

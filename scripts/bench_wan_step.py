@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from models.common.layers import Ops
-from models.wan.config import SIZES, WanConfig
+from models.wan.config import WanConfig
 from models.wan.modeling import Wan
-from pallas_kernels import device
 from scripts import _results as results
 from scripts._timing import compiled, peak_bytes, side_by_side_seconds
-from scripts._wan import TEXT, Grid, in_4_bits, random_params, ways
+from scripts._wan import TEXT, Grid, environment, in_4_bits, random_params, ways, what_to_measure
 
 WAYS = ("plain, accurate", "semanticdialect, accurate", "full_path, fast", "full_path, accurate")
 
@@ -105,19 +104,9 @@ def to_markdown(found: list[Result], where: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure and write JSON and Markdown."""
-    parser = results.parser(__doc__)
-    parser.add_argument("--config", choices=list(SIZES), default="wan2.1-t2v-14b")
-    parser.add_argument(
-        "--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens along T, H, W"
-    )
-    args = parser.parse_args()
-    if reason := device.without_mosaic_gpu():
-        parser.error(reason)
-    grid = tuple(args.grid)
-    found = measure(SIZES[args.config], grid)
-    where = results.environment(
-        "bench_wan_step", model=f"{args.config}, {' x '.join(map(str, grid))}"
-    )
+    args, config, grid = what_to_measure(__doc__)
+    found = measure(config, grid)
+    where = environment("bench_wan_step", args)
     page = to_markdown(found, where)
     print(page)
     if args.out:

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 from sdq import metrics, rules
 from sdq.formats import Format
+from sdq.progress import bytes_bar
 from sdq.qtensor import QTensor
 from sdq.quantize import dequantize, quantize
 from sdq.rules import LeafPlan, Plan
@@ -86,20 +85,11 @@ def progress_bar(
     with progress_bar(plan, reports.append) as on_leaf:
         quantised = quantize_params(params, plan, on_leaf=on_leaf)
     """
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("quantise"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[path]}"),
-        console=rich.console.Console(stderr=True),
-    )
     total = sum(leaf.bytes_before for leaf in plan.leaves.values())
-    with bar:
-        task = bar.add_task("quantise", total=total, path="")
+    with bytes_bar("quantise", total) as more:
 
         def advance(report: LeafReport) -> None:
-            bar.update(task, advance=report.bytes_before, path=report.path)
+            more(report.path, report.bytes_before)
             if on_leaf is not None:
                 on_leaf(report)
 
