@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 import sdq
-from pallas_kernels import Quantized, quantize_rows, quantized_matmul, tile_weight, which
+from pallas_kernels import (
+    Normed,
+    Projected,
+    Quantized,
+    quantize_rows,
+    quantized_attention,
+    quantized_matmul,
+    tile_weight,
+    which,
+)
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
 
@@ -52,3 +61,34 @@ def test_from_activations_to_a_product(hopper):
     ]
     exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
     assert exported.mlir_module().count("mosaic_gpu_v2") >= 3
+
+
+@pytest.mark.parametrize(
+    "gain, kernels_norm", [((2, 1, 608), True), ((1, 1, 608), True), ((2, 100, 608), False)]
+)
+def test_a_norm_of_videos_is_done_on_the_way(hopper, gain, kernels_norm):
+    """One of each token is not: the kernel takes x after it."""
+
+    def call(x, gain, shift):
+        return quantize_rows(Normed(x=x, gain=gain, shift=shift, eps=1e-6), "sdq32:16")
+
+    arguments = (abstract((2, 100, 608), jnp.bfloat16), *[abstract(gain, jnp.float32)] * 2)
+    text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 1
+    assert ("stablehlo.rsqrt" in text) != kernels_norm
+
+
+def test_attention_reads_linears_results(hopper):
+    """Three kernels for queries and keys, one for values, and attention; nothing normed by XLA."""
+
+    def call(q, k, v, gain, rope):
+        q, k = (Projected(x=x, gain=gain, rope=rope, heads=3, eps=1e-6) for x in (q, k))
+        return quantized_attention(q, k, v, rotate=True, center=False)
+
+    rows, angles = abstract((2, 333, 384), jnp.bfloat16), abstract((333, 64), jnp.float32)
+    heads = abstract((2, 333, 3, 128), jnp.bfloat16)
+    arguments = rows, rows, heads, abstract((384,), jnp.bfloat16), (angles, angles)
+    y = jax.eval_shape(call, *arguments)
+    assert y.shape == heads.shape and y.dtype == jnp.bfloat16
+    text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 5 and "stablehlo.rsqrt" not in text
