@@ -106,13 +106,13 @@ def quantized_attention(
 
 
 def _attend(operands: Operands, heads: int, block: int | None, out_dtype: Any) -> jax.Array:
-    from pallas_kernels.mosaic_gpu.attention import AttentionConfig, attend
+    from pallas_kernels.mosaic_gpu.attention import attend, heuristic
 
     return attend(
         *operands,
         heads=heads,
         block=block,
-        config=AttentionConfig(),
+        config=heuristic(block),
         out_dtype=out_dtype,
         num_sms=device.current().cores,
     )

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 SETTLED = 0.25
 
 
-AT_ONCE = 8  # compilations
+AT_ONCE = os.cpu_count() or 1  # compilations
 
 
 def compiled(

@@ -27,8 +27,8 @@ FORMAT = "sdq32:16"
 SIZES = ((32760, 40), (75600, 40), (32760, 12))  # tokens, heads
 WIDTH = 128
 CONFIGS = {
-    "one block": AttentionConfig(),
-    "two that share": AttentionConfig(cluster=2),
+    "two that share": AttentionConfig(),
+    "one block": AttentionConfig(cluster=1),
     "three stages": AttentionConfig(stages=3),
 }
 TEXT = (

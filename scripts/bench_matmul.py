@@ -10,6 +10,7 @@ with float32 results. Set XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shal
 import dataclasses
 import functools
 import json
+import pathlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,9 @@ from sdq import formats
 MODES = ("fast", "accurate")
 ERROR_SIZES = ((512, 5120, 1024), (512, 13824, 1024))  # m, k, n
 ROWS = 64  # of each error that float64 computes
+STEM = "matmul_hopper"
+KEPT_IF = ("device", "versions")  # are the same
+Errors = dict[str, dict[str, dict[str, float]]]  # by sizes, operands and way
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +193,7 @@ def errors(m: int, k: int, n: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def to_markdown(
-    speeds: list[Speed], wrong: dict[str, dict[str, dict[str, float]]], where: dict[str, str]
-) -> str:
+def to_markdown(speeds: list[Speed], wrong: Errors, where: dict[str, str]) -> str:
     """The page that goes into docs/results."""
     names = list(dict.fromkeys(name for row in speeds for name in row.ratios))
     lines = [
@@ -223,37 +225,52 @@ def to_markdown(
     )
 
 
+def kept(folder: pathlib.Path | None, where: dict[str, str]) -> tuple[dict[str, Speed], Errors]:
+    """What a folder holds of the same device and versions: by workload, and by sizes."""
+    file = folder / f"{STEM}.json" if folder else None
+    document = json.loads(file.read_text()) if file and file.exists() else {}
+    same = document and all(document["environment"][key] == where[key] for key in KEPT_IF)
+    if not same:
+        return {}, {}
+    return {row["linear"]: Speed(**row) for row in document["speed"]}, document["error"]
+
+
 def main() -> None:
     """Measure and write JSON and Markdown."""
     parser = results.parser(__doc__)
-    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="workloads whose name holds this; of others, the"
+        " folder's page keeps what was found with the same device and versions",
+    )
     args = parser.parse_args()
     if not device.current().is_hopper:
         parser.error(f"needs a Hopper GPU, not {device.current().kind}")
     bandwidth = copy_bandwidth()
     where = results.environment("bench_matmul", copy=f"{bandwidth / 1e12:.2f} TB/s")
-    speeds: list[Speed] = []
-    wrong: dict[str, dict[str, dict[str, float]]] = {}
+    speeds, wrong = kept(args.out, where)
 
     def keep() -> None:
         """What was measured so far."""
+        rows = [speeds[name] for name in map(str, LINEARS) if name in speeds]
         document = {
             "environment": where,
-            "speed": [dataclasses.asdict(row) for row in speeds],
+            "speed": [dataclasses.asdict(row) for row in rows],
             "error": wrong,
         }
         if args.out:
-            results.write(args.out, "matmul_hopper", to_markdown(speeds, wrong, where), document)
+            results.write(args.out, STEM, to_markdown(rows, wrong, where), document)
 
     for linear in LINEARS:
         if args.only in str(linear):
-            speeds.append(speed(linear, bandwidth))
-            print(json.dumps(dataclasses.asdict(speeds[-1])), flush=True)
+            speeds[str(linear)] = speed(linear, bandwidth)
+            print(json.dumps(dataclasses.asdict(speeds[str(linear)])), flush=True)
             keep()
     for m, k, n in ERROR_SIZES:
         wrong[f"M = {m}, K = {k}, N = {n}"] = errors(m, k, n)
         keep()
-    print(to_markdown(speeds, wrong, where))
+    print(to_markdown(list(speeds.values()), wrong, where))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     base = heuristic(mode, m, n)
     yield base
     if isinstance(base, FewConfig):
-        for warpgroups, each, cluster in itertools.product((3, 4, 5), (2, 4), (1, 2, 4)):
+        for warpgroups, each in itertools.product((2, 3, 4, 5, 6), (2, 4)):
             stages = warpgroups * each
-            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages, cluster=cluster)
+            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
             yield fitted(few, 2, most=stages)
         return
     for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
@@ -58,7 +58,7 @@ def measure(linear: Linear, mode: str) -> list[tuple[float, Config | FewConfig]]
     calls: dict[str, Callable[[], Any]] = {
         str(number): functools.partial(one, x, made.tiled) for number, one in enumerate(programs)
     }
-    seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED).values()
+    seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED / 2).values()
     each = [one / products(linear) for one in seconds]
     timed = sorted(zip(each, configs, strict=True), key=lambda pair: pair[0])
     for one, config in timed:

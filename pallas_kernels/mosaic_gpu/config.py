@@ -1,7 +1,6 @@
 """How the Hopper matmuls cut their work."""
 
 import dataclasses
-import math
 from typing import TypeVar
 
 ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
@@ -85,19 +84,15 @@ class FewConfig:
       rows: of x, all of them; a multiple of 8 up to FEW.
       warpgroups: that share the channels of 64 weight rows.
       stages: slots of the ring, each for one warpgroup: a multiple of them.
-      cluster: blocks that share x, 1, 2 or 4; fewer where they do not divide rows or tiles.
       x_bytes: of a number of x: 1, fp8, or 2, bf16.
     """
 
     rows: int = 64
     warpgroups: int = 4
     stages: int = 16
-    cluster: int = 4
     x_bytes: int = 1
 
     def __post_init__(self):
-        if self.cluster not in (1, 2, 4):
-            raise ValueError(f"cluster: expected 1, 2 or 4, got {self.cluster}")
         if not 0 < self.rows <= FEW or self.rows % 8:
             raise ValueError(f"rows: expected a multiple of 8 up to {FEW}, got {self.rows}")
         if not 1 <= self.warpgroups <= 6:
@@ -114,10 +109,6 @@ class FewConfig:
         slot = self.rows * TILE_K * self.x_bytes + ROWS * (TILE_K // 2 + 8)
         sums = (4 * max(1, self.warpgroups - 1) + out_bytes) * ROWS * self.rows
         return self.stages * slot + sums + SMALL_THINGS
-
-    def sharing(self, tiles: int) -> int:
-        """How many blocks share x: each copies whole tiles of 8 rows for all, and computes one."""
-        return math.gcd(self.cluster, self.rows // 8, tiles)
 
 
 AnyConfig = TypeVar("AnyConfig", Config, FewConfig)

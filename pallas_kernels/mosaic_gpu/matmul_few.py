@@ -2,8 +2,7 @@
 
 out^T = W x^T, a tile of 64 weight rows at a time, by all warpgroups of a block together: each
 multiplies some of the channels, and one adds up what they found. Each decodes and then multiplies;
-while one waits for its numbers, others work. Blocks of a cluster share the rows of x: 64 of them
-are more bytes than the weights.
+while one waits for its numbers, others work.
 """
 
 import functools
@@ -26,7 +25,7 @@ from pallas_kernels.mosaic_gpu.config import (
 )
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
-from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
+from pallas_kernels.mosaic_gpu.memory import following, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
@@ -52,7 +51,6 @@ def matmul_few(
     n = w.words.shape[0]
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles, steps = n // ROWS, w.metadata.shape[0]
-    cluster = config.sharing(tiles)
     halves, sharing = w.halves, config.warpgroups
     multiply: Any = products if interpret is None else products_plain
 
@@ -63,43 +61,28 @@ def matmul_few(
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
         first, blocks = lax.axis_index("block"), lax.axis_size("block")
-        own = lax.div(tiles // cluster - first + blocks - 1, blocks)
-
-        def place(turn):
-            """Where the turn-th tile of this block begins in w."""
-            return ((first + turn * blocks) * cluster + lax.axis_index("peer")) * ROWS
+        own = lax.div(tiles - first + blocks - 1, blocks)
 
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def fill(number, slot):
                 turn = lax.div(number, steps)
-                at_n, k = place(turn), number - turn * steps
+                at_n, k = (first + turn * blocks) * ROWS, number - turn * steps
 
                 @pl.when(number >= config.stages)
                 def wait_until_read():
                     plgpu.barrier_wait(free.at[slot])
 
-                for of, to, shared in (
-                    (words_g.at[pl.ds(at_n, ROWS), pl.ds(k * 16, 16)], words_s, False),
-                    (metadata_g.at[k, pl.ds(at_n * halves, ROWS * halves)], metadata_s, False),
-                    (x_g.at[:, pl.ds(k * TILE_K, TILE_K)], x_s, cluster > 1),
+                for of, to in (
+                    (words_g.at[pl.ds(at_n, ROWS), pl.ds(k * 16, 16)], words_s),
+                    (metadata_g.at[k, pl.ds(at_n * halves, ROWS * halves)], metadata_s),
+                    (x_g.at[:, pl.ds(k * TILE_K, TILE_K)], x_s),
                 ):
-                    by = "peer" if shared else None
-                    plgpu.copy_gmem_to_smem(of, to.at[slot], full.at[slot], collective_axes=by)
+                    plgpu.copy_gmem_to_smem(of, to.at[slot], full.at[slot])
                 return following(slot, config.stages)
 
-            total = own * steps
-            slot = lax.fori_loop(0, total, fill, 0)
-
-            # A block must not leave while others still signal to it.
-            def drain(_, slot):
-                plgpu.barrier_wait(free.at[slot])
-                return following(slot, config.stages)
-
-            few = total < config.stages
-            left = jnp.where(few, total, config.stages)
-            lax.fori_loop(0, left, drain, jnp.where(few, 0, slot))
+            lax.fori_loop(0, own * steps, fill, 0)
 
         def consume():
             plgpu.set_max_registers(consumer_registers(sharing), action="increase")
@@ -124,7 +107,7 @@ def matmul_few(
             def tile(turn, number):
                 """A slot of this warpgroup is `number`: those that differ by `sharing`."""
                 end = (turn + 1) * steps
-                at = pl.ds(place(turn), ROWS)
+                at = pl.ds((first + turn * blocks) * ROWS, ROWS)
                 # Now, so that nobody waits for them at the end.
                 scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
                 w_scale = load(ws_g.at[at], BY_W)
@@ -183,10 +166,8 @@ def matmul_few(
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((config.rows, n), out_dtype),
-        grid=(max(1, min(num_sms, tiles) // cluster),),
+        grid=(min(num_sms, tiles),),
         grid_names=("block",),
-        cluster=(cluster,),
-        cluster_names=("peer",),
         num_threads=sharing + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
@@ -198,7 +179,7 @@ def matmul_few(
             out_s=swizzled((config.rows, ROWS), out_dtype),
             weights_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
-            free=free_barrier(readers=1, stages=config.stages, cluster=cluster),
+            free=plgpu.Barrier(num_barriers=config.stages),
             table_ready=plgpu.Barrier(),
             sums_written=plgpu.Barrier(num_arrivals=max(1, sharing - 1)),
             sums_read=plgpu.Barrier(),

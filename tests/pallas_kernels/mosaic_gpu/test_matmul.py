@@ -38,9 +38,6 @@ SMALL = Config(tile_m=64, stages=2)
         (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
         (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
         (40, 320, 256, "sdq32:32", FewConfig(rows=40, warpgroups=1, stages=2)),
-        (30, 512, 384, "sdq32:16", FewConfig(rows=32, warpgroups=2, stages=4)),  # four blocks share
-        (16, 256, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=2, cluster=2)),
-        (16, 128, 128, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 1 slot of 4
         (24, 128, 1664, "sdq32:16", FewConfig(rows=24, warpgroups=3, stages=6, x_bytes=2)),
     ],
 )
