@@ -12,10 +12,12 @@ import sdq
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.rows import Fp8Rows, fp8_rows
 from pallas_kernels.workloads import Linear
+from scripts._timing import SETTLED, long_work, side_by_side_seconds
 
 FORMAT = "sdq32:16"
 SHORT = 1024  # rows
 SHORT_PRODUCTS, SHORT_WEIGHTS = 64, 8
+SHORT_QUEUE = 0.006  # seconds; some hundred kernels, as many as may wait for a GPU
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +59,31 @@ def operands(linear: Linear) -> Operands:
 
 
 def products(linear: Linear) -> int:
-    """Of a call: short ones many, because one would be dispatched more slowly than it runs."""
+    """Of a call: short ones many, so that little else is dispatched."""
     return SHORT_PRODUCTS if linear.m <= SHORT else 1
 
 
 def weights(linear: Linear) -> int:
     """Of a call; of short ones more than a cache holds."""
     return SHORT_WEIGHTS if linear.m <= SHORT else 1
+
+
+def seconds_of_each(
+    linear: Linear, calls: dict[str, Callable[[], Any]], settled: float = SETTLED
+) -> dict[str, float]:
+    """Median time of a product, by name of the `program` that makes them.
+
+    Args:
+      linear: which.
+      calls: of programs with their operands.
+      settled: seconds that a queue of long ones takes.
+    """
+    if linear.m > SHORT:
+        found = side_by_side_seconds(calls, runs=3, at_least=settled)
+    else:
+        behind = long_work(4 * SHORT_QUEUE)
+        found = side_by_side_seconds(calls, at_least=SHORT_QUEUE, behind=behind)
+    return {name: seconds / products(linear) for name, seconds in found.items()}
 
 
 def program(product: Callable[..., Any]) -> Any:

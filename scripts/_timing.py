@@ -62,31 +62,59 @@ def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.
 
 
 def side_by_side_seconds(
-    functions: dict[str, Callable[[], Any]], runs: int = 5, at_least: float = 0.02
+    functions: dict[str, Callable[[], Any]],
+    runs: int = 5,
+    at_least: float = 0.02,
+    behind: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
     """`back_to_back_seconds` of each, a queue of every one in turn.
 
     A GPU lowers its clock as it grows hot or exceeds its power: what is measured first, or alone,
     would look faster than it is beside the others.
+
+    Args:
+      functions: to call, by name.
+      runs: queues.
+      at_least: seconds that a queue should take.
+      behind: long work that goes first and is not counted. While it runs the queue fills, so that
+        kernels which are shorter than their dispatch do not wait for it.
     """
     calls = {}
     for name, function in functions.items():
         jax.block_until_ready(function())
         calls[name] = max(1, math.ceil(at_least / median_seconds(function, 3)))
 
-    def queue(name: str) -> Any:
-        for _ in range(calls[name] - 1):
-            functions[name]()
-        return functions[name]()
+    def queue(function: Callable[[], Any], calls: int) -> float:
+        start = time.perf_counter()
+        last = behind() if behind else None
+        for _ in range(calls):
+            last = function()
+        jax.block_until_ready(last)
+        return time.perf_counter() - start
 
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(runs + 1):
-        for name in functions:
-            start = time.perf_counter()
-            jax.block_until_ready(queue(name))
+        for name, function in functions.items():
+            before = queue(function, 0) if behind else 0.0
+            each = (queue(function, calls[name]) - before) / calls[name]
             if turn:  # the first only warms up
-                seconds[name].append((time.perf_counter() - start) / calls[name])
+                seconds[name].append(each)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def long_work(seconds: float) -> Callable[[], Any]:
+    """Copies that take about as long."""
+    x = jnp.ones((1 << 28,), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    count = math.ceil(seconds / back_to_back_seconds(lambda: copy(x)))
+
+    def work() -> jax.Array:
+        y = x
+        for _ in range(count):
+            y = copy(y)
+        return y
+
+    return work
 
 
 def copy_bandwidth() -> float:

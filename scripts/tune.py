@@ -20,8 +20,8 @@ from pallas_kernels.mosaic_gpu.config import BASES, BF16, Config, FewConfig, fit
 from pallas_kernels.tuning import as_entry, file_name
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
-from scripts._products import operands, products, program
-from scripts._timing import SETTLED, compiled, side_by_side_seconds
+from scripts._products import operands, program, seconds_of_each
+from scripts._timing import SETTLED, compiled
 
 SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "fast": ({"tile_m": 256}, {"tile_m": 224}),
@@ -58,8 +58,7 @@ def measure(linear: Linear, mode: str) -> list[tuple[float, Config | FewConfig]]
     calls: dict[str, Callable[[], Any]] = {
         str(number): functools.partial(one, x, made.tiled) for number, one in enumerate(programs)
     }
-    seconds = side_by_side_seconds(calls, runs=3, at_least=SETTLED / 2).values()
-    each = [one / products(linear) for one in seconds]
+    each = seconds_of_each(linear, calls, SETTLED / 2).values()
     timed = sorted(zip(each, configs, strict=True), key=lambda pair: pair[0])
     for one, config in timed:
         print(f"  {1e3 * one:8.4f} ms  {config}", flush=True)

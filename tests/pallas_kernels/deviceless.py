@@ -188,7 +188,12 @@ def compile_quantizer(
 
 
 def compile_attention(
-    queries: int, keys: int, width: int = 128, block: int | None = None, **changes: int
+    queries: int,
+    keys: int,
+    width: int = 128,
+    block: int | None = None,
+    out_dtype: str = "bfloat16",
+    **changes: int,
 ) -> None:
     """One case, for an H100: 2 videos of 4 heads; `changes` are of the default config."""
     import jax
@@ -214,7 +219,7 @@ def compile_attention(
             heads=4,
             block=block,
             config=AttentionConfig(**changes),
-            out_dtype=jnp.bfloat16,
+            out_dtype=out_dtype,
             num_sms=device.current().cores,
         )
 

@@ -141,6 +141,7 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         "narrow": shape | {"width": 64},
         "text": {"queries": 1008, "keys": 512},
         "causal": shape | {"block": 1024},
+        "float32": shape | {"out_dtype": "float32"},
     }
     found = deviceless.compiled(tmp_path, list(cases.values()), "attention")
     for name, report in zip(cases, found, strict=True):
