@@ -64,7 +64,8 @@ class DoubleBlock(nn.Module):
         queries, keys, values = img_attn(x, rope, state)
         txt_x = modulated_norm(txt, txt_mod[0], txt_mod[1], config.eps)
         txt_queries, txt_keys, txt_values = txt_attn(txt_x, None, None)
-        # In this order, so that what is learned about x knows the tokens' groups.
+        # In this order, so that what is learned about x knows the tokens' groups. Padded text is
+        # seen like other text here.
         state = quantizer.saw_attention(queries, keys, "double_blocks/self_attn", state)
         state = quantizer.saw_attention(queries, txt_keys, "double_blocks/cross_attn", state)
         state = quantizer.saw_input(x, "double_blocks/img_attn/qkv", state)
@@ -78,7 +79,8 @@ class DoubleBlock(nn.Module):
         first = (txt if config.text_first else img).shape[1]
         parts = (out[:, :first], out[:, first:])
         img_out, txt_out = (
-            part.reshape(x.shape) for part, x in zip(self._ordered(*parts), (img, txt), strict=True)
+            part.reshape(stream.shape)
+            for part, stream in zip(self._ordered(*parts), streams, strict=True)
         )
         img = gated(img, img_attn.output(img_out, state), img_mod[2])
         txt = gated(txt, txt_attn.output(txt_out, None), txt_mod[2])
