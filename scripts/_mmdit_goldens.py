@@ -153,7 +153,7 @@ def diffusers_mmdit_output(case: MMDiTCase) -> np.ndarray:
             return out.movedim(1, -1).numpy()
         videos = [inputs[name].numpy() for name in ("x", "cond") if name in inputs]
         packed = np.concatenate([_packed(video, config.patch) for video in videos], axis=-1)
-        grid = np.stack(np.indices(config.grid(VIDEO_SIZE)), axis=-1).reshape(-1, 3)
+        grid = np.indices(config.grid(VIDEO_SIZE)).reshape(3, -1).T.copy()
         (out,) = model(
             hidden_states=torch.from_numpy(packed),
             timestep=inputs["t"] / 1000,
