@@ -1,17 +1,21 @@
 """Our MMDiT equals diffusers' Flux and HunyuanVideo, computed now. Needs the parity extra."""
 
 import json
+import math
 
+import jax
 import numpy as np
 import pytest
 
-from models.mmdit.params import load
+from models.mmdit.config import SIZES
+from models.mmdit.params import abstract_params, load
 from scripts._mmdit_goldens import MMDIT, MMDIT_TOLERANCE, mmdit_golden
+from tests.models.mmdit.test_params import names
 from tests.models.mmdit.test_parity import checkpoint, golden, our_output
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("torch", reason="needs the parity extra")
-pytest.importorskip("diffusers", reason="needs the parity extra")
+torch = pytest.importorskip("torch", reason="needs the parity extra")
+diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
 
 
 @pytest.fixture(scope="module", params=MMDIT)
@@ -44,3 +48,12 @@ def test_the_converter_of_diffusers_reads_the_same_names(live):
     assert sorted(name.removeprefix("-") for name in parts) == sorted(
         json.loads(expected["shapes"])
     )
+
+
+def test_the_published_size_has_the_tensors_of_diffusers():
+    with torch.device("meta"):
+        theirs = diffusers.HunyuanVideoTransformer3DModel().state_dict()
+    config = SIZES["hunyuanvideo"]
+    assert names(config, "diffusers") == set(theirs)
+    sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+    assert sum(sizes) == sum(tensor.numel() for tensor in theirs.values())
