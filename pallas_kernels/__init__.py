@@ -5,7 +5,7 @@ from pallas_kernels.attention import quantized_attention
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.normed import Normed, normed
-from pallas_kernels.projected import Projected, prepared
+from pallas_kernels.projected import Projected, joined, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
 from pallas_kernels.rows import Fp8Rows, fp8_rows
@@ -20,6 +20,7 @@ __all__ = [
     "Quantized",
     "TiledWeight",
     "fp8_rows",
+    "joined",
     "normed",
     "prepared",
     "quantize_rows",

@@ -18,7 +18,7 @@ from pallas_kernels.mosaic_gpu.attention_operands import (
     rounded,
     slopes,
 )
-from pallas_kernels.projected import Projected, every, prepared, projected
+from pallas_kernels.projected import Projected, each_head_normed, every, prepared, projected
 from sdq import formats
 from sdq.rotate import hadamard, largest_group
 
@@ -50,7 +50,8 @@ def quantized_attention(
 
     Args:
       q: `[B, S, H, D]`, or Projected: from bf16, without formats, mask and causal, all that comes
-        before the products is done by kernels then, in as few passes over memory as it takes.
+        before the products is done by kernels then, in as few passes over memory as it takes; but
+        a norm over each head alone comes first, and is rounded to q's dtype.
       k: `[B, L, H, D]`, likewise.
       v: `[B, L, H, D]`.
       fmt_qk: dialect format of queries and keys, blocks choosing in two stages; None: e4m3, with an
@@ -74,6 +75,7 @@ def quantized_attention(
     chosen = _chosen(implementation, q)
     counts = jnp.ones(k.shape[:2], bool) if mask is None else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = each_head_normed(q), each_head_normed(k)
     (_, length, heads, _), out_dtype, block = q.shape, q.dtype, None
     everything = mask is None and causal is None and fmt_qk is None and fmt_pv is None
     if chosen == "mosaic_gpu" and everything and _kernels_read(q, k, v):

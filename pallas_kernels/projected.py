@@ -16,7 +16,8 @@ class Projected:
 
     Attributes:
       x: `[B, S, H D]`.
-      gain: of a root mean square norm over all heads of a token, `[H D]`; None: no norm.
+      gain: of a root mean square norm: `[H D]` over all heads of a token, `[D]` over each head
+        alone; None: no norm.
       rope: cosines and sines `[S, D / 2]` of the angles by which pairs of channels are turned after
         it, float32; None: they are not.
       heads: H.
@@ -58,9 +59,28 @@ def prepared(x: jax.Array | Projected, dtype: jax.typing.DTypeLike | None = None
     dtype = dtype or x.dtype
     if not isinstance(x, Projected):
         return x.astype(dtype)
-    y = x.x if x.gain is None else rms_norm(x.x, x.gain, x.eps, dtype)
-    y = y.astype(dtype).reshape(x.shape)
+    y = _normed(x, dtype).astype(dtype).reshape(x.shape)
     return y if x.rope is None else apply_rope(y, *x.rope)
+
+
+def each_head_normed(x: jax.Array | Projected) -> jax.Array | Projected:
+    """The same after a norm over each head alone, rounded to x's dtype; others as they are."""
+    if not isinstance(x, Projected) or x.gain is None or x.gain.size == x.x.shape[-1]:
+        return x
+    return dataclasses.replace(x, x=_normed(x, x.dtype), gain=None)
+
+
+def joined(*parts: Projected) -> Projected:
+    """One sequence of the tokens of all parts, each after its own norm; what has no rope stays."""
+
+    def angles(part: Projected) -> tuple[jax.Array, jax.Array]:
+        _, tokens, _, width = part.shape
+        still = jnp.ones((tokens, width // 2), jnp.float32)
+        return part.rope or (still, jnp.zeros_like(still))
+
+    cos, sin = (jnp.concatenate(each) for each in zip(*map(angles, parts), strict=True))
+    x = jnp.concatenate([_normed(part, part.dtype) for part in parts], axis=1)
+    return Projected(x=x, rope=(cos, sin), heads=parts[0].heads)
 
 
 def every(x: jax.Array | Projected, step: int) -> jax.Array | Projected:
@@ -79,6 +99,14 @@ def rms_norm(
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)
     return (x32 * gain).astype(dtype or x.dtype)
+
+
+def _normed(x: Projected, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`[B, S, H D]`, rounded to dtype if there is a norm."""
+    if x.gain is None:
+        return x.x
+    heads = x.x if x.gain.size == x.x.shape[-1] else x.x.reshape(x.shape)
+    return rms_norm(heads, x.gain, x.eps, dtype).reshape(x.x.shape)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

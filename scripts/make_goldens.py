@@ -22,6 +22,7 @@ import numpy as np
 from models.common.sampler import Sampler
 from models.wan.config import WanConfig
 from models.wan.params import sources
+from scripts._mmdit_goldens import MMDIT, mmdit_golden
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "tests" / "goldens"
 
@@ -220,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     np.savez_compressed(out / "sampler.npz", made_by=made_by, **trajectories)
     for name, case in WAN.items():
         np.savez_compressed(out / f"wan-{name}.npz", made_by=made_by, **wan_golden(case))
+    for name, mmdit in MMDIT.items():
+        np.savez_compressed(out / f"mmdit-{name}.npz", made_by=made_by, **mmdit_golden(mmdit))
     for path in sorted(out.glob("*.npz")):
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
     return 0

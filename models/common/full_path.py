@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from models.common.attention import counting
 from pallas_kernels import Projected, quantized_attention
 from pallas_kernels.attention import rounding_weights_too
 from sdq import formats
@@ -30,7 +31,12 @@ class FullPath:
                 formats.parse(name)
 
     def __call__(
-        self, q: jax.Array | Projected, k: jax.Array | Projected, v: jax.Array
+        self,
+        q: jax.Array | Projected,
+        k: jax.Array | Projected,
+        v: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
     ) -> jax.Array:
         """As `models.common.attention.attention`."""
         return quantized_attention(
@@ -40,5 +46,6 @@ class FullPath:
             fmt_qk=self.fmt_qk,
             fmt_pv=self.fmt_pv,
             rotate=self.rotate,
+            mask=counting(lengths, k.shape[1]),
             implementation=rounding_weights_too(q),
         )

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
-from pallas_kernels import ACTIVATIONS, Normed, Projected
+from pallas_kernels import ACTIVATIONS, Normed, Projected, normed
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
@@ -47,7 +47,8 @@ class Ops:
       matmul: `(x, kernel, *, bias, activation) -> y`, for every linear; each operand an array or a
         QTensor, or whatever else the quantizer and the parameters hold.
       attention: `(q, k, v) -> out`, all `[B, S, heads, width]`; q and k may be Projected, whose
-        norm and rotary embedding it does itself (`pallas_kernels.prepared`).
+        norm and rotary embedding it does itself (`pallas_kernels.prepared`). Models whose text is
+        padded also pass `lengths` (`models.common.attention`).
       quantizer: of the inputs of linears, also where several linears read one.
     """
 
@@ -95,16 +96,51 @@ def quantizable(
     return leaf
 
 
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), Linear; `site` is its name ("blocks/ffn")."""
+
+    width: int
+    ops: Ops
+    site: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array | Normed, state: Any) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` -> `[B, S, D]`, state."""
+        quantizer = self.ops.quantizer
+        up = Linear(self.width, self.ops, activation="gelu", name="up")
+        down = Linear(x.shape[-1], self.ops, name="down")
+        h = up(read_at(self, x, f"{self.site}/up", state))
+        state = quantizer.saw_input(x, f"{self.site}/up", state)
+        y = down(read_at(self, h, f"{self.site}/down", state))
+        return y, quantizer.saw_input(h, f"{self.site}/down", state)
+
+
+def read_at(module: Any, x: jax.Array | Normed, site: str, state: Any) -> Input:
+    """The input of a block's linears, quantised if the module's Ops say so; sown as it was."""
+    module.sow("intermediates", site.rpartition("/")[2] + "_input", normed(x), reduce_fn=latest)
+    return module.ops.quantizer.quantize(x, site, state)
+
+
+def latest(_: Any, x: jax.Array) -> jax.Array:
+    """What `sow` keeps of one value after the other."""
+    return x
+
+
 class Heads(nn.Module):
-    """Queries or keys of a linear's result, after a root mean square norm over all their heads."""
+    """Queries or keys of a linear's result, after a root mean square norm.
+
+    Over all heads of a token, or, with `alone`, over each.
+    """
 
     count: int
     eps: float
+    alone: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None = None) -> Projected:
         """`[B, S, count * width]`, and angles to turn them by: for `ops.attention`."""
-        gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        width = x.shape[-1] // self.count if self.alone else x.shape[-1]
+        gain = self.param("scale", nn.initializers.ones, (width,))
         return Projected(x=x, gain=gain, rope=rope, heads=self.count, eps=self.eps)
 
 
@@ -125,6 +161,40 @@ class AffineLayerNorm(nn.Module):
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> Normed:
     """LN(x) (1 + scale) + shift, float32 inside; shift and scale `[B, 1 or S, D]`."""
     return Normed(x=x, gain=1 + scale, shift=shift, eps=eps)
+
+
+def gated(x: jax.Array, update: jax.Array, gate: jax.Array) -> jax.Array:
+    """x + update * gate, summed in float32; gate `[B, 1 or S, D]`."""
+    return (x.astype(jnp.float32) + update.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """`[B, S, D]` -> `[B, S, heads, D / heads]`."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def stack(
+    block: type[nn.Module], length: int, *, shared: int, remat: bool = False
+) -> Callable[..., Any]:
+    """Equal blocks as one module: parameters stacked along axis 0, run and compiled as one scan.
+
+    Args:
+      block: maps (carry, `shared` things that all blocks see, its own state) to (carry, state).
+      length: how many.
+      shared: see above.
+      remat: the backward pass keeps the results of matrix products only and computes the rest of a
+        block again.
+    """
+    if remat:
+        keep = jax.checkpoint_policies.dots_saveable
+        block = nn.remat(block, policy=keep, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=((nn.broadcast,) * shared) + (0,),
+        length=length,
+    )
 
 
 def sinusoid(t: jax.Array, width: int) -> jax.Array:

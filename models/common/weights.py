@@ -14,6 +14,8 @@ from sdq.rules import path_of
 
 Layout = Callable[[np.ndarray], np.ndarray]
 
+_BLOCK = re.compile(r"(blocks\.)(\d+)\.")  # of all that is stacked
+
 
 def as_stored(tensor: np.ndarray) -> np.ndarray:
     """No change."""
@@ -33,6 +35,17 @@ def without_batch(tensor: np.ndarray) -> np.ndarray:
 def patch_kernel(tensor: np.ndarray) -> np.ndarray:
     """A convolution over patches, `[out, C, pt, ph, pw]` -> `[pt * ph * pw * C, out]`."""
     return tensor.transpose(2, 3, 4, 1, 0).reshape(-1, len(tensor))
+
+
+def in_turn(*layouts: Layout) -> Layout:
+    """One layout after the other."""
+
+    def all_of_them(tensor: np.ndarray) -> np.ndarray:
+        for layout in layouts:
+            tensor = layout(tensor)
+        return tensor
+
+    return all_of_them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,13 +162,13 @@ def _differences(
 
 
 def _folded(name: str) -> str:
-    """The name with "{}" for its first number: blocks.3.ffn.0.weight -> blocks.{}.ffn.0.weight."""
-    return re.sub(r"^(\w+\.)\d+\.", r"\1{}.", name)
+    """The name with "{}" for a block's number: blocks.3.ffn.0.weight -> blocks.{}.ffn.0.weight."""
+    return _BLOCK.sub(r"\1{}.", name, count=1)
 
 
 def _ranges(names: list[str]) -> str:
     """The numbers that `_folded` took out, as "0-3, 7"."""
-    numbers = sorted(int(name.split(".")[1]) for name in names)
+    numbers = sorted({int(found[2]) for name in names if (found := _BLOCK.search(name))})
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:

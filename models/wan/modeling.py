@@ -16,15 +16,20 @@ from flax import linen as nn
 
 from models.common.layers import (
     AffineLayerNorm,
+    FeedForward,
     Heads,
     Linear,
     Ops,
+    gated,
+    latest,
     modulated_norm,
     patchify,
+    read_at,
     sinusoid,
+    split_heads,
+    stack,
     unpatchify,
 )
-from models.common.quantizer import Input
 from models.common.rope import rope_table
 from models.wan.config import WanConfig
 from pallas_kernels import Normed, Projected, normed
@@ -86,18 +91,9 @@ class Wan(nn.Module):
         modulation = self._linear("time_projection", jax.nn.silu(time), 6 * config.width)
         modulation = modulation.astype(jnp.float32).reshape(*steps.shape, 6, config.width)
 
-        block = Block
-        if self.remat:
-            keep = jax.checkpoint_policies.dots_saveable
-            block = nn.remat(Block, policy=keep, prevent_cse=False)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=config.layers,
-            check_constancy_invariants=False,  # nothing is broadcast: blocks need no second trace
-        )(config, self.ops, name="blocks")
+        blocks = stack(Block, config.layers, shared=4, remat=self.remat)(
+            config, self.ops, name="blocks"
+        )
         tokens, new_state = blocks(tokens, context, image, modulation, rope, state)
 
         table = self.param(
@@ -139,16 +135,16 @@ class Block(nn.Module):
 
         h = modulated_norm(x, shift1, scale1, config.eps)
         y, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state)
-        x = _gated(x, y, gate1)
+        x = gated(x, y, gate1)
 
         h = AffineLayerNorm(config.eps, name="cross_norm")(x)
         y, state = CrossAttention(config, self.ops, name="cross_attn")(h, context, image, state)
         x = x + y
 
         h = modulated_norm(x, shift2, scale2, config.eps)
-        y, state = FeedForward(config, self.ops, name="ffn")(h, state)
-        x = _gated(x, y, gate2)
-        self.sow("intermediates", "output", x, reduce_fn=_latest)
+        y, state = FeedForward(config.ffn_width, self.ops, "blocks/ffn", name="ffn")(h, state)
+        x = gated(x, y, gate2)
+        self.sow("intermediates", "output", x, reduce_fn=latest)
         return x, state
 
 
@@ -164,15 +160,15 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
-        h = _quantized(self, x, "self_attn/qkv", state)
+        h = read_at(self, x, "blocks/self_attn/qkv", state)
         q, k, v = (Linear(config.width, self.ops, name=name)(h) for name in "qkv")
         queries = Heads(config.heads, config.eps, name="norm_q")(q, rope)
         keys = Heads(config.heads, config.eps, name="norm_k")(k, rope)
         # In this order, so that what is learned about x knows the tokens' groups.
         state = quantizer.saw_attention(queries, keys, "blocks/self_attn", state)
         state = quantizer.saw_input(x, "blocks/self_attn/qkv", state)
-        out = self.ops.attention(queries, keys, _heads(v, config.heads)).reshape(x.shape)
-        h = _quantized(self, out, "self_attn/o", state)
+        out = self.ops.attention(queries, keys, split_heads(v, config.heads)).reshape(x.shape)
+        h = read_at(self, out, "blocks/self_attn/o", state)
         state = quantizer.saw_input(out, "blocks/self_attn/o", state)
         return Linear(config.width, self.ops, name="o")(h), state
 
@@ -189,43 +185,25 @@ class CrossAttention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
-        q = Linear(config.width, self.ops, name="q")(_quantized(self, x, "cross_attn/q", state))
+        q = Linear(config.width, self.ops, name="q")(read_at(self, x, "blocks/cross_attn/q", state))
         state = quantizer.saw_input(x, "blocks/cross_attn/q", state)
         queries = Heads(config.heads, config.eps, name="norm_q")(q)
 
         def attend(source: jax.Array, site: str, suffix: str) -> tuple[jax.Array, Projected]:
-            h = _quantized(self, source, site, None)
+            h = read_at(self, source, f"blocks/{site}", None)
             k = Linear(config.width, self.ops, name=f"k{suffix}")(h)
             v = Linear(config.width, self.ops, name=f"v{suffix}")(h)
             keys = Heads(config.heads, config.eps, name=f"norm_k{suffix}")(k)
-            return self.ops.attention(queries, keys, _heads(v, config.heads)), keys
+            return self.ops.attention(queries, keys, split_heads(v, config.heads)), keys
 
         out, keys = attend(text, "cross_attn/kv", "")
         state = quantizer.saw_attention(queries, keys, "blocks/cross_attn", state)
         if image is not None:
             out = out + attend(image, "cross_attn/kv_image", "_image")[0]
         out = out.reshape(x.shape)
-        h = _quantized(self, out, "cross_attn/o", state)
+        h = read_at(self, out, "blocks/cross_attn/o", state)
         state = quantizer.saw_input(out, "blocks/cross_attn/o", state)
         return Linear(config.width, self.ops, name="o")(h), state
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear."""
-
-    config: WanConfig
-    ops: Ops
-
-    @nn.compact
-    def __call__(self, x: jax.Array | Normed, state: Any) -> tuple[jax.Array, Any]:
-        """`[B, S, D]` -> `[B, S, D]`, state."""
-        quantizer = self.ops.quantizer
-        up = Linear(self.config.ffn_width, self.ops, activation="gelu", name="up")
-        down = Linear(self.config.width, self.ops, name="down")
-        h = up(_quantized(self, x, "ffn/up", state))
-        state = quantizer.saw_input(x, "blocks/ffn/up", state)
-        y = down(_quantized(self, h, "ffn/down", state))
-        return y, quantizer.saw_input(h, "blocks/ffn/down", state)
 
 
 class ImageEmbedding(nn.Module):
@@ -246,27 +224,7 @@ class ImageEmbedding(nn.Module):
         return normed(AffineLayerNorm(IMAGE_EPS, name="norm_out")(x))
 
 
-def _quantized(module: Any, x: jax.Array | Normed, site: str, state: Any) -> Input:
-    """The input of a block's linears, quantised if the Ops say so; sown as an intermediate."""
-    module.sow("intermediates", site.rpartition("/")[2] + "_input", normed(x), reduce_fn=_latest)
-    return module.ops.quantizer.quantize(x, f"blocks/{site}", state)
-
-
-def _latest(_: Any, x: jax.Array) -> jax.Array:
-    return x
-
-
 def _modulation(table: jax.Array, steps: jax.Array) -> list[jax.Array]:
     """Table `[n, D]` + steps `[B, 1 or S, 1 or n, D]` -> n arrays `[B, 1 or S, D]`, float32."""
     summed = table.astype(jnp.float32)[None, None] + steps
     return [summed[:, :, i] for i in range(table.shape[0])]
-
-
-def _gated(x: jax.Array, update: jax.Array, gate: jax.Array) -> jax.Array:
-    """x + update * gate, summed in float32."""
-    return (x.astype(jnp.float32) + update.astype(jnp.float32) * gate).astype(x.dtype)
-
-
-def _heads(x: jax.Array, heads: int) -> jax.Array:
-    """`[B, S, D]` -> `[B, S, heads, D / heads]`."""
-    return x.reshape(*x.shape[:2], heads, -1)

@@ -28,6 +28,17 @@ def test_equals_float64(rng, monkeypatch, length, keys, at_once):
     np.testing.assert_allclose(attention(q, k, v), in_float64(q, k, v), atol=2e-6)
 
 
+@pytest.mark.parametrize("at_once", [2**24, 2 * 3 * 9 * 4], ids=["whole", "some"])
+def test_keys_after_the_length_do_not_count(rng, monkeypatch, at_once):
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
+    q, k, v = operands(rng, 33, 9)
+    lengths = jnp.asarray([4, 9], jnp.int32)
+    out = attention(q, k.at[0, 4:].set(100.0), v, lengths=lengths)
+    for video, length in enumerate((4, 9)):
+        expected = in_float64(q[video, None], k[video, None, :length], v[video, None, :length])
+        np.testing.assert_allclose(out[video, None], expected, atol=2e-6)
+
+
 def test_bfloat16_is_summed_in_float32(rng):
     q, k, v = operands(rng, 16, 4096, jnp.bfloat16)
     out = attention(q, k, v)

@@ -23,6 +23,14 @@ def test_it_is_attention_but_for_rounding(rng, way, least):
     assert least < -20 * np.log10(off) < 32
 
 
+def test_keys_after_the_length_do_not_count(rng):
+    q, k, v = operands(rng)
+    lengths = jnp.asarray([200, 300], jnp.int32)
+    y = FullPath()(q, k.at[0, 200:].set(1e4), v.at[0, 200:].set(jnp.nan), lengths=lengths)
+    expected = FullPath()(q[:1], k[:1, :200], v[:1, :200])
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (y[:1], expected)), atol=0.02)
+
+
 def test_it_computes_what_the_kernel_does_in_one_program(rng):
     q, k, v = operands(rng)
     y = jax.jit(FullPath(rotate=False))(q, k, v)

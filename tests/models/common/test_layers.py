@@ -6,6 +6,7 @@ import pytest
 import sdq
 from models.common.layers import (
     AffineLayerNorm,
+    Heads,
     Linear,
     Ops,
     matmul,
@@ -14,7 +15,7 @@ from models.common.layers import (
     sinusoid,
     unpatchify,
 )
-from pallas_kernels import normed
+from pallas_kernels import normed, prepared
 
 
 @pytest.fixture
@@ -78,6 +79,18 @@ def test_layer_norm_equals_float64(rng):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     narrow = normed(norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)))
     assert narrow.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("alone, gains", [(False, 12), (True, 4)])
+def test_heads_are_normed_together_or_alone(rng, alone, gains):
+    x = jnp.asarray(rng.randn(2, 5, 12), jnp.float32)
+    heads = Heads(3, 1e-6, alone=alone)
+    params = heads.init(jax.random.key(0), x)
+    assert params["params"]["scale"].shape == (gains,)
+    found = prepared(heads.apply(params, x))
+    assert found.shape == (2, 5, 3, 4)
+    over = (-1,) if alone else (-2, -1)
+    np.testing.assert_allclose(jnp.square(found).mean(axis=over), 1, rtol=1e-4)
 
 
 def test_modulation_broadcasts_over_tokens_or_follows_them(rng):
