@@ -1,15 +1,12 @@
 """Published checkpoints to quantised ones, by the name of the model."""
 
-import difflib
 import os
 from collections.abc import Callable
 
 from models.common.quantize_files import quantize_files
 from models.common.recipes import Recipe
 from models.common.tensor_files import open_tensors
-from models.wan import params as wan
-from models.wan.config import SIZES
-from models.wan.sites import SITES
+from models.families import family_of
 from sdq.progress import bytes_bar
 from sdq.tree import LeafReport
 
@@ -25,7 +22,7 @@ def quantize(
 
     Args:
       source: a .safetensors file, an .index.json of shards, or a folder that holds either.
-      model: one of `models()`.
+      model: one of `families.names()`.
       recipe: what happens to the weights.
       out: a new folder, or that of the same job, which was interrupted.
       on_leaf: called after each leaf.
@@ -33,27 +30,19 @@ def quantize(
       FileNotFoundError: no such file.
       ValueError: an unknown model, a damaged file or another model's, a recipe that does not fit.
     """
-    config = SIZES.get(model)
-    if config is None:
-        close = difflib.get_close_matches(model, models(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown model {model!r}; there is {', '.join(models())}{hint}")
+    family = family_of(model)
+    config = family.sizes[model]
     tensors = open_tensors(source)
     with bytes_bar("quantise", sum(map(tensors.nbytes, tensors))) as on_part:
         quantize_files(
             tensors,
-            wan.sources(config, wan.layout_of(tensors)),
-            wan.abstract_params(config),
+            family.params.sources(config, family.params.layout_of(tensors)),
+            family.params.abstract_params(config),
             recipe,
             out,
-            sites=SITES,
-            ignored=wan.IGNORED,
+            sites=family.sites,
+            ignored=family.params.IGNORED,
             metadata={"model": model, "recipe": recipe.name},
             on_part=on_part,
             on_leaf=on_leaf,
         )
-
-
-def models() -> list[str]:
-    """Names of those whose checkpoints are known."""
-    return list(SIZES)

@@ -25,8 +25,8 @@ from sdq import Rule, resolve
 from sdq.rules import Plan
 
 KEEP = "bf16"  # the name of "not quantised"
-KERNELS = r"(.*/)?blocks/.*/kernel"
-INPUTS = r"blocks/.*"
+KERNELS = r"(.*/)?(\w+_)?blocks/.*/kernel"
+INPUTS = r"(\w+_)?blocks/(?!modulation).*"  # modulation reads one vector a video
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ from models.mmdit.key_names import (
 )
 from models.mmdit.modeling import MMDiT
 
+IGNORED = ()  # tensors that may be there and are not read
+
 
 def load(
     path: str | os.PathLike,

@@ -12,6 +12,7 @@ import sdq
 from models import checkpoints
 from models.common import recipes
 from models.common.tensor_files import TensorFiles, open_tensors, save_tensors
+from models.wan.config import SIZES
 from models.wan.params import load
 from models.wan.sites import SITES
 from scripts.make_goldens import WAN
@@ -25,7 +26,7 @@ CASE = "t2v-norms-0"
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A tiny Wan in bf16, in diffusers' layout; its config is one of the published."""
-    monkeypatch.setitem(checkpoints.SIZES, "tiny", WAN[CASE].config)
+    monkeypatch.setitem(SIZES, "tiny", WAN[CASE].config)
     path = checkpoint(WAN[CASE], "diffusers", golden(CASE), tmp_path / "wan.safetensors")
     narrow = {name: x.astype(ml_dtypes.bfloat16) for name, x in open_tensors(path).items()}
     save_tensors(narrow, path)
