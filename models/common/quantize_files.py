@@ -74,7 +74,7 @@ def quantize_files(
 
     job = {
         "source": str(tensors.where.resolve()),
-        "changed": tensors.where.stat().st_mtime_ns,
+        "changed": tensors.changed,
         "plan": planned.to_json(),
         "sdq": sdq.__version__,
     }

@@ -48,6 +48,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
             merged |= file.metadata() or {}
         return merged
 
+    @property
+    def changed(self) -> dict[str, int]:
+        """When each file was changed last, in nanoseconds."""
+        return {path.name: path.stat().st_mtime_ns for path in self._open}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         return tuple(self._open[self._files[name]].get_slice(name).get_shape())

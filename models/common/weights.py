@@ -122,13 +122,18 @@ def parts_of(tensors: TensorFiles, source: Source, blocks: int) -> Iterator[jax.
     """What a leaf consists of, one block after the other.
 
     Raises:
-      ValueError: NaN or Inf.
+      ValueError: NaN or Inf; lists every tensor of the checkpoint that holds any.
     """
     for name in source.names(blocks):
         array = jnp.asarray(source.layout(tensors[name]))
         if not jnp.isfinite(array).all():
-            raise ValueError(f"{tensors.where}: {name}: holds NaN or Inf")
+            every = [name for name in tensors if not _is_finite(tensors[name])]
+            raise ValueError(f"{tensors.where}: NaN or Inf in {', '.join(every)}")
         yield array
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    return bool(jnp.isfinite(jnp.asarray(tensor)).all())
 
 
 def _differences(

@@ -1,6 +1,7 @@
 """Published checkpoints to quantised ones: block by block, resumable, and strict."""
 
 import json
+import os
 import re
 
 import jax
@@ -81,6 +82,19 @@ def test_interrupted_it_goes_on(source, tmp_path, monkeypatch):
     assert not (out / JOURNAL).exists()
 
 
+def test_another_checkpoint_does_not_go_on(source, tmp_path):
+    recipe, out = recipes.named("plain"), tmp_path / "q"
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.quantize(source, "tiny", recipe, out, on_leaf=stop)
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(ValueError, match="holds an unfinished job"):
+        checkpoints.quantize(source, "tiny", recipe, out)
+
+
 def test_an_interrupt_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -128,6 +142,8 @@ def test_mistakes_are_one_line_and_write_nothing(source, tmp_path, capsys, chang
 def test_nan_is_refused_and_named(source, tmp_path):
     tensors = {name: x.copy() for name, x in open_tensors(source).items()}
     tensors["blocks.1.ffn.net.2.weight"][0, 0] = np.nan
+    tensors["proj_out.bias"][1] = np.inf
     save_tensors(tensors, source)
-    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.2\.weight: holds NaN or Inf"):
+    every = r"NaN or Inf in blocks\.1\.ffn\.net\.2\.weight, proj_out\.bias"
+    with pytest.raises(ValueError, match=every):
         checkpoints.quantize(source, "tiny", recipes.named("plain"), tmp_path / "q")
