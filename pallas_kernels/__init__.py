@@ -2,9 +2,9 @@
 
 from pallas_kernels.api import Explanation, quantized_matmul, supports, which
 from pallas_kernels.attention import quantized_attention
+from pallas_kernels.deferred import Activated, Deferred, Normed, computed
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
-from pallas_kernels.normed import Normed, normed
 from pallas_kernels.projected import Projected, joined, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -13,15 +13,17 @@ from pallas_kernels.rows import Fp8Rows, fp8_rows
 __all__ = [
     "ACTIVATIONS",
     "MODES",
+    "Activated",
+    "Deferred",
     "Explanation",
     "Fp8Rows",
     "Normed",
     "Projected",
     "Quantized",
     "TiledWeight",
+    "computed",
     "fp8_rows",
     "joined",
-    "normed",
     "prepared",
     "quantize_rows",
     "quantized_attention",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.normed import Normed, normed
+from pallas_kernels.deferred import Activated, Deferred, Normed, computed
 from pallas_kernels.rows import Fp8Rows, fp8_rows, numbers
 from sdq import formats, quantize, seda
 from sdq.formats import Format
@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows(
-    x: jax.Array | Normed,
+    x: jax.Array | Deferred,
     fmt: str | Format,
     *,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
@@ -37,8 +37,9 @@ def quantize_rows(
     """Quantise activations along their last axis, blocks choosing their dialect in two stages.
 
     Args:
-      x: bf16 or float32 `[B, S, K]`; "mosaic_gpu" takes bf16. Normed is normed on the way there,
-        which may move single numbers to a neighbour: other sums than those of "reference".
+      x: bf16 or float32 `[B, S, K]`; "mosaic_gpu" takes bf16. What is deferred is computed on the
+        way there, which may move single numbers to a neighbour: "reference" sums and approximates
+        otherwise.
       fmt: a dialect format.
       sub_formatbooks: of `seda.sub_formatbooks`, and the group of each token `[B, S]`.
       tokens: of which the residual is wanted, int32 `[B, n]`.
@@ -60,7 +61,7 @@ def quantize_rows(
     return call(x, fmt, sub_formatbooks, tokens)
 
 
-def supports(implementation: str, x: jax.Array | Normed, fmt: Format) -> str | None:
+def supports(implementation: str, x: jax.Array | Deferred, fmt: Format) -> str | None:
     """Why an implementation cannot quantise x so here; None if it can."""
     if fmt.family != "dialect":
         return f"{fmt} numbers are not fp8 numbers times a power of two a row"
@@ -76,12 +77,12 @@ def supports(implementation: str, x: jax.Array | Normed, fmt: Format) -> str | N
 
 
 def _reference(
-    x: jax.Array | Normed,
+    x: jax.Array | Deferred,
     fmt: Format,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None,
     tokens: jax.Array | None,
 ) -> Quantized:
-    x = normed(x)
+    x = computed(x)
     select = "two_stage" if fmt.has_choice else None
     allowed = None if sub_formatbooks is None else seda.allowed(*sub_formatbooks)
     rows = fp8_rows(quantize(x, fmt, select=select, allowed=allowed))
@@ -94,7 +95,7 @@ def _reference(
 
 
 def _mosaic_gpu(
-    x: jax.Array | Normed,
+    x: jax.Array | Deferred,
     fmt: Format,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None,
     tokens: jax.Array | None,
@@ -102,8 +103,10 @@ def _mosaic_gpu(
     from pallas_kernels.mosaic_gpu import quantizer as kernel
 
     batch, length, width = x.shape
-    norm = None
-    if isinstance(x, Normed) and x.gain.shape[1] == 1:
+    norm = activation = None
+    if isinstance(x, Activated):
+        activation, x = x.activation, x.x
+    elif isinstance(x, Normed) and x.gain.shape[1] == 1:
         gain, shift = (jnp.broadcast_to(part[:, 0], (batch, width)) for part in (x.gain, x.shift))
         norm, x = kernel.Norm(gain, shift, x.eps), x.x
     sub = None
@@ -118,13 +121,14 @@ def _mosaic_gpu(
     if tokens is not None:
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
         residual_of = (tokens + first).reshape(-1)
-    flat = normed(x).reshape(batch * length, width)
+    flat = computed(x).reshape(batch * length, width)
     found = kernel.quantize(
         flat,
         fmt,
         sub_formatbooks=sub,
         residual_of=residual_of,
         norm=norm,
+        activation=activation,
         num_sms=device.current().cores,
     )
     return jax.tree.map(

@@ -25,13 +25,13 @@ class Decomposed:
       base: Q(x), `[B, S, K]`: numbers, or whatever else the product takes.
       residual: Q(x - Q(x)) of those tokens, `[B, n, K]`, likewise.
       tokens: their numbers, int32 `[B, n]`, different from each other.
-      active: bool `[]`, whether the second term counts.
+      active: bool `[]`, whether the second term counts; None: it does.
     """
 
     base: Any
     residual: Any
     tokens: jax.Array
-    active: jax.Array
+    active: jax.Array | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,4 +89,7 @@ def multiply(
 
         return jax.vmap(plus)(y, x.tokens, product(x.residual))
 
-    return jax.lax.cond(x.active, plus_residual, lambda y: y, (of_base or product)(x.base))
+    y = (of_base or product)(x.base)
+    if x.active is None:
+        return plus_residual(y)
+    return jax.lax.cond(x.active, plus_residual, lambda y: y, y)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.common.quantizer import Input, SiteRule, first_match
 from models.common.semantic import SemanticDialect
-from pallas_kernels import Normed, Projected, normed
+from pallas_kernels import Deferred, Projected, computed
 from sdq import formatbook, formats, seda, select
 from sdq.codecs import dialect
 from sdq.numerics import largest_magnitude
@@ -83,11 +83,11 @@ class Observed:
         """The base's state at that step."""
         return dataclasses.replace(state, base=self.base.at_step(state.base, step))
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: ObservedState | None) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: ObservedState | None) -> Input:
         """As the base does."""
         return self.base.quantize(x, site, None if state is None else state.base)
 
-    def saw_input(self, x: jax.Array | Normed, site: str, state: ObservedState | None) -> Any:
+    def saw_input(self, x: jax.Array | Deferred, site: str, state: ObservedState | None) -> Any:
         """Adds what the pairs do differently with x."""
         if state is None:
             return state
@@ -98,7 +98,7 @@ class Observed:
             if isinstance(self.base, SemanticDialect):
                 books = self.base.sub_formatbooks(site, state.base)
                 allowed = None if books is None else seda.allowed(*books)
-            found = differences(normed(rule.turned(x)), rule, allowed, state.pairs, self.kinds)
+            found = differences(computed(rule.turned(x)), rule, allowed, state.pairs, self.kinds)
             sums = {**sums, site: sums[site] + found}
         return dataclasses.replace(state, base=self.base.saw_input(x, site, state.base), sums=sums)
 

@@ -16,8 +16,8 @@ from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import SemanticDialect
 from pallas_kernels import (
     MODES,
+    Deferred,
     Fp8Rows,
-    Normed,
     TiledWeight,
     quantize_rows,
     quantized_matmul,
@@ -48,7 +48,7 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
 
 
 def rounding(
-    x: jax.Array | Normed,
+    x: jax.Array | Deferred,
     rule: SiteRule,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
     tokens: jax.Array | None = None,

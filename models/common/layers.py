@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
-from pallas_kernels import ACTIVATIONS, Normed, Projected, normed
+from pallas_kernels import ACTIVATIONS, Activated, Deferred, Normed, Projected, computed
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
@@ -58,15 +58,20 @@ class Ops:
 
 
 class Linear(nn.Module):
-    """activation(x kernel + bias), through `ops.matmul`; the kernel is an array or a QTensor."""
+    """activation(x kernel + bias), through `ops.matmul`; the kernel is an array or a QTensor.
+
+    With `defer` the activation of a decomposed input, which no product can do, is left to who
+    quantises it next.
+    """
 
     features: int
     ops: Ops
     activation: str | None = None
+    defer: bool = False
 
     @nn.compact
-    def __call__(self, x: Input) -> jax.Array:
-        """`[..., in]` -> `[..., features]`."""
+    def __call__(self, x: Input) -> Any:
+        """`[..., in]` -> `[..., features]`; with `defer` maybe Activated."""
         kernel = quantizable(
             self, "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         )
@@ -75,7 +80,8 @@ class Linear(nn.Module):
             product = functools.partial(self.ops.matmul, kernel=kernel)
             # With the bias already, so that nobody passes over all tokens once more to add it.
             y = multiply(x, product, functools.partial(product, bias=bias))
-            return ACTIVATIONS[self.activation](y)
+            later = Activated(x=y, activation=self.activation)
+            return later if self.defer else computed(later)
         return self.ops.matmul(x, kernel, bias=bias, activation=self.activation)
 
 
@@ -104,10 +110,10 @@ class FeedForward(nn.Module):
     site: str
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, state: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array | Deferred, state: Any) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         quantizer = self.ops.quantizer
-        up = Linear(self.width, self.ops, activation="gelu", name="up")
+        up = Linear(self.width, self.ops, activation="gelu", defer=True, name="up")
         down = Linear(x.shape[-1], self.ops, name="down")
         h = up(read_at(self, x, f"{self.site}/up", state))
         state = quantizer.saw_input(x, f"{self.site}/up", state)
@@ -115,9 +121,9 @@ class FeedForward(nn.Module):
         return y, quantizer.saw_input(h, f"{self.site}/down", state)
 
 
-def read_at(module: Any, x: jax.Array | Normed, site: str, state: Any) -> Input:
+def read_at(module: Any, x: jax.Array | Deferred, site: str, state: Any) -> Input:
     """The input of a block's linears, quantised if the module's Ops say so; sown as it was."""
-    module.sow("intermediates", site.rpartition("/")[2] + "_input", normed(x), reduce_fn=latest)
+    module.sow("intermediates", site.rpartition("/")[2] + "_input", computed(x), reduce_fn=latest)
     return module.ops.quantizer.quantize(x, site, state)
 
 

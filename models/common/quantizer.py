@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from pallas_kernels import Fp8Rows, Normed, Projected, normed
+from pallas_kernels import Deferred, Fp8Rows, Projected, computed
 from sdq import QTensor, fake_quantize, formats, seda
 from sdq.decompose import Decomposed, residual
 from sdq.rotate import hadamard, largest_group
@@ -32,11 +32,11 @@ class Quantizer(Protocol):
         """The state with which step number `step` of sampling begins."""
         ...
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: Any) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: Any) -> Input:
         """x `[..., K]` as its linears will read it; called once for each input."""
         ...
 
-    def saw_input(self, x: jax.Array | Normed, site: str, state: Any) -> Any:
+    def saw_input(self, x: jax.Array | Deferred, site: str, state: Any) -> Any:
         """The state after seeing an input (as it was, not as it became)."""
         ...
 
@@ -60,12 +60,12 @@ class Keep:
         del step
         return state
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: Any) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: Any) -> Input:
         """x."""
         del site, state
-        return normed(x)
+        return computed(x)
 
-    def saw_input(self, x: jax.Array | Normed, site: str, state: Any) -> Any:
+    def saw_input(self, x: jax.Array | Deferred, site: str, state: Any) -> Any:
         """The same state."""
         del x, site
         return state
@@ -110,13 +110,13 @@ class SiteRule:
             return self.select
         return "two_stage"
 
-    def turned(self, x: jax.Array | Normed) -> jax.Array | Normed:
+    def turned(self, x: jax.Array | Deferred) -> jax.Array | Deferred:
         """x `[..., K]` as it is quantised: rotated or as it is."""
-        return hadamard(normed(x), largest_group(x.shape[-1])) if self.rotate else x
+        return hadamard(computed(x), largest_group(x.shape[-1])) if self.rotate else x
 
-    def rounded(self, x: jax.Array | Normed, allowed: jax.Array | None = None) -> jax.Array:
+    def rounded(self, x: jax.Array | Deferred, allowed: jax.Array | None = None) -> jax.Array:
         """A turned x as the numbers that it becomes; `allowed` as for `sdq.quantize`."""
-        x = normed(x)
+        x = computed(x)
         if self.format is None:
             return x
         return fake_quantize(x, self.format, select=self.rule, allowed=allowed)
@@ -127,7 +127,7 @@ class Rounding(Protocol):
 
     def __call__(
         self,
-        x: jax.Array | Normed,
+        x: jax.Array | Deferred,
         rule: SiteRule,
         sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
         tokens: jax.Array | None = None,
@@ -146,7 +146,7 @@ class Rounding(Protocol):
 
 
 def plain_rounding(
-    x: jax.Array | Normed,
+    x: jax.Array | Deferred,
     rule: SiteRule,
     sub_formatbooks: tuple[jax.Array, jax.Array] | None = None,
     tokens: jax.Array | None = None,
@@ -156,7 +156,7 @@ def plain_rounding(
     if tokens is None:
         return base, None
     assert rule.format is not None
-    return base, residual(normed(x), base, tokens, rule.format, rule.rule)
+    return base, residual(computed(x), base, tokens, rule.format, rule.rule)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,12 +171,12 @@ class InputQuantizer(Keep):
     rules: tuple[SiteRule, ...]
     rounding: Rounding = plain_rounding
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: Any) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: Any) -> Input:
         """x `[..., K]`, rounded to the format of its site."""
         del state
         rule = first_match(self.rules, site)
         if rule is None or rule.format is None:
-            return normed(x if rule is None else rule.turned(x))
+            return computed(x if rule is None else rule.turned(x))
         return self.rounding(rule.turned(x), rule)[0]
 
 

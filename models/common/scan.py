@@ -16,7 +16,7 @@ import numpy as np
 
 from models.common.quantizer import Input, Keep, SiteRule, first_match
 from models.common.semantic import Decomposition, Layers, extra_work
-from pallas_kernels import Normed, Projected, normed, prepared
+from pallas_kernels import Deferred, Projected, computed, prepared
 from sdq import saliency
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)  # of the tokens, most salient first: edges of the scan's bins
@@ -88,15 +88,15 @@ class Probe(Keep):
             bin=jnp.zeros((blocks, batch, self.tokens), jnp.int32),
         )
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: ProbeState | None) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: ProbeState | None) -> Input:
         """x plus the let-in share of its quantisation error."""
-        x = normed(x)
+        x = computed(x)
         rule = first_match(self.rules, site)
         if state is None or site not in state.share or rule is None:
             return x
-        turned = normed(rule.turned(x))
+        turned = computed(rule.turned(x))
         error = rule.rounded(turned) - turned
-        error = jax.lax.stop_gradient(normed(rule.turned(error)))  # and back
+        error = jax.lax.stop_gradient(computed(rule.turned(error)))  # and back
         share = jnp.take_along_axis(state.share[site], state.bin, axis=1)
         return x + (share[..., None] * error.astype(jnp.float32)).astype(x.dtype)
 

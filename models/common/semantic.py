@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.quantizer import Input, Rounding, SiteRule, first_match, plain_rounding
-from pallas_kernels import Normed, Projected, normed, prepared
+from pallas_kernels import Deferred, Projected, computed, prepared
 from sdq import formats, saliency, seda
 from sdq.decompose import Decomposed
 from sdq.qtensor import blocks_of
@@ -90,7 +90,7 @@ class State:
       next_group: from the next step that learns on.
       books: sub-formatbooks by site, uint8 `[B, anchors + 1, G, 8]`.
       shares: by site, whether this block shares, bool `[]`.
-      active: by site, whether this block decomposes, bool `[]`.
+      active: by site, whether this block decomposes, bool `[]`; sites where all do are not there.
     """
 
     look: jax.Array
@@ -120,6 +120,8 @@ class SemanticDialect:
       rounding: how inputs are rounded.
       refresh_every: steps between two that learn; 0 learns once. Step 0 looks and step 1 learns,
         then every so many steps one learns and the one before it looks.
+      watches: False for a program of steps that neither look nor learn: a GPU waits whenever it is
+        asked whether it should.
 
     Candidates for anchors are the most salient tokens known when the attention in question is seen:
     self-attention knows those of the look before (at the first, evenly spread ones).
@@ -135,6 +137,7 @@ class SemanticDialect:
     stride: int = 8
     refresh_every: int = 6
     rounding: Rounding = plain_rounding
+    watches: bool = True
 
     def __post_init__(self):
         if self.saliency not in SALIENCY:
@@ -218,7 +221,8 @@ class SemanticDialect:
 
         everywhere = tuple((site, tuple(range(blocks))) for site in self._books)
         shares = everywhere if self.sharing_layers is None else self.sharing_layers
-        return dataclasses.replace(stacked, shares=marked(shares), active=marked(self._layers))
+        some = tuple((site, of) for site, of in self._layers if set(of) != set(range(blocks)))
+        return dataclasses.replace(stacked, shares=marked(shares), active=marked(some))
 
     def at_step(self, state: State, step: jax.Array) -> State:
         """The state with which sampling step number `step` begins."""
@@ -236,26 +240,25 @@ class SemanticDialect:
             group=jnp.where(learn, state.next_group, state.group),
         )
 
-    def quantize(self, x: jax.Array | Normed, site: str, state: State | None) -> Input:
+    def quantize(self, x: jax.Array | Deferred, site: str, state: State | None) -> Input:
         """x `[B, S, K]`, rounded within its token's sub-formatbook, decomposed where planned."""
         rule = first_match(self.rules, site)
         if rule is None:
-            return normed(x)
+            return computed(x)
         x = rule.turned(x)
         if rule.format is None:
-            return normed(x)
+            return computed(x)
         books = self.sub_formatbooks(site, state)
-        if state is None or site not in state.active:
+        if state is None or self.decomposition is None or site not in dict(self._layers):
             return self.rounding(x, rule, books)[0]
-        assert self.decomposition is not None
         tokens = state.salient[:, : self.decomposition.tokens]
         if self.saliency == "error":
             base = rule.rounded(x, None if books is None else seda.allowed(*books))
-            left = normed(x).astype(jnp.float32) - base.astype(jnp.float32)
+            left = computed(x).astype(jnp.float32) - base.astype(jnp.float32)
             left = jnp.sum(jnp.square(left), axis=-1)
             tokens = saliency.most_salient(left, self.decomposition.tokens)
         rounded, residual = self.rounding(x, rule, books, tokens)
-        active = state.active[site]
+        active = state.active.get(site)
         return Decomposed(base=rounded, residual=residual, tokens=tokens, active=active)
 
     def sub_formatbooks(self, site: str, state: State | None) -> tuple[jax.Array, jax.Array] | None:
@@ -264,12 +267,12 @@ class SemanticDialect:
             return None
         books = state.books[site]
         alone = books.shape[1] - 1  # allows everything
-        free = state.learn | ~state.shares[site]
+        free = ~state.shares[site] | (state.learn if self.watches else False)
         return books, jnp.where(free, alone, state.group)
 
-    def saw_input(self, x: jax.Array | Normed, site: str, state: State | None) -> State | None:
+    def saw_input(self, x: jax.Array | Deferred, site: str, state: State | None) -> State | None:
         """Sub-formatbooks for this site's groups, on a step that learns."""
-        if state is None or site not in state.books or self.sharing is None:
+        if state is None or site not in state.books or self.sharing is None or not self.watches:
             return state
         rule = first_match(self.rules, site)
         assert rule is not None and rule.format is not None
@@ -277,7 +280,7 @@ class SemanticDialect:
 
         def learned() -> jax.Array:
             return seda.sub_formatbooks(
-                normed(turn(x)),
+                computed(turn(x)),
                 state.group,
                 fmt,
                 count=sharing.anchors,
@@ -296,7 +299,7 @@ class SemanticDialect:
         state: State | None,
     ) -> State | None:
         """Salient tokens and the next groups, on a step that looks."""
-        if state is None:
+        if state is None or not self.watches:
             return state
         salient, group = jax.lax.cond(
             state.look,

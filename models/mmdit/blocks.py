@@ -18,7 +18,7 @@ from models.common.layers import (
     split_heads,
 )
 from models.mmdit.config import MMDiTConfig
-from pallas_kernels import Normed, Projected, joined
+from pallas_kernels import Deferred, Projected, joined
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -118,7 +118,7 @@ class Stream(nn.Module):
         self.norm_q, self.norm_k = (Heads(config.heads, config.eps, alone=True) for _ in "qk")
 
     def __call__(
-        self, x: jax.Array | Normed, rope: Rope | None, state: Any
+        self, x: jax.Array | Deferred, rope: Rope | None, state: Any
     ) -> tuple[Projected, Projected, jax.Array]:
         """Queries, keys and values of tokens `[B, S, D]`."""
         h = read_at(self, x, f"{self.site}/qkv", state)

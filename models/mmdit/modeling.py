@@ -28,7 +28,7 @@ from models.common.rope import rope_table
 from models.mmdit.blocks import DoubleBlock, Rope, SingleBlock, modulation
 from models.mmdit.config import MMDiTConfig
 from models.mmdit.embedders import Embedder, Refiner
-from pallas_kernels import Normed
+from pallas_kernels import Deferred
 
 
 class MMDiT(nn.Module):
@@ -121,7 +121,7 @@ class MMDiT(nn.Module):
         ]
         return sum(parts[1:], start=parts[0])
 
-    def _linear(self, name: str, x: jax.Array | Normed, features: int | None = None) -> jax.Array:
+    def _linear(self, name: str, x: jax.Array | Deferred, features: int | None = None) -> jax.Array:
         linear = Linear(features or self.config.width, self.ops, name=name)
         return linear(self.ops.quantizer.quantize(x, name, None))
 

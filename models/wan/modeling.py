@@ -32,7 +32,7 @@ from models.common.layers import (
 )
 from models.common.rope import rope_table
 from models.wan.config import WanConfig
-from pallas_kernels import Normed, Projected, normed
+from pallas_kernels import Deferred, Projected, computed
 
 IMAGE_EPS = 1e-5  # of the norms around the image embedding
 
@@ -105,7 +105,7 @@ class Wan(nn.Module):
         video = unpatchify(out.astype(jnp.float32), size, config.patch)
         return video if state is None else (video, new_state)
 
-    def _linear(self, name: str, x: jax.Array | Normed, features: int | None = None) -> jax.Array:
+    def _linear(self, name: str, x: jax.Array | Deferred, features: int | None = None) -> jax.Array:
         linear = Linear(features or self.config.width, self.ops, name=name)
         return linear(self.ops.quantizer.quantize(x, name, None))
 
@@ -156,7 +156,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Normed, rope: tuple[jax.Array, jax.Array], state: Any
+        self, x: jax.Array | Deferred, rope: tuple[jax.Array, jax.Array], state: Any
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
@@ -181,7 +181,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Normed, text: jax.Array, image: jax.Array | None, state: Any
+        self, x: jax.Array | Deferred, text: jax.Array, image: jax.Array | None, state: Any
     ) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, state."""
         config, quantizer = self.config, self.ops.quantizer
@@ -221,7 +221,7 @@ class ImageEmbedding(nn.Module):
         x = up(self.ops.quantizer.quantize(h, "image_embedding/up", None))
         x = jax.nn.gelu(x, approximate=False)
         x = down(self.ops.quantizer.quantize(x, "image_embedding/down", None))
-        return normed(AffineLayerNorm(IMAGE_EPS, name="norm_out")(x))
+        return computed(AffineLayerNorm(IMAGE_EPS, name="norm_out")(x))
 
 
 def _modulation(table: jax.Array, steps: jax.Array) -> list[jax.Array]:

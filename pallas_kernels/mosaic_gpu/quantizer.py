@@ -93,6 +93,7 @@ def quantize(
     sub_formatbooks: SubFormatbooks | None = None,
     residual_of: jax.Array | None = None,
     norm: Norm | None = None,
+    activation: str | None = None,
     metadata: bool = False,
     config: Config | None = None,
     num_sms: int,
@@ -106,6 +107,7 @@ def quantize(
       residual_of: numbers of rows, int32 `[n]`: what quantising leaves over of them is quantised
         too, with a free choice.
       norm: what to do with x first.
+      activation: what then, rounded to bf16 again; one of `quantizer_activation.PROGRAMS`.
       metadata: whether the blocks' bytes are wanted.
       config: how; None for the default of this K.
       num_sms: of the GPU.
@@ -128,6 +130,7 @@ def quantize(
         residuals=0 if residual_of is None else residual_of.shape[0],
         eps=None if norm is None else norm.eps,
         batch=1 if norm is None else norm.gain.shape[0],
+        activation=activation,
     )
     inputs = {"x": x}
     if sub_formatbooks is not None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pallas_kernels.mosaic_gpu import quantizer_tables as tables
 from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.ptx import Operand, Program, Register
+from pallas_kernels.mosaic_gpu.quantizer_activation import activate
 from pallas_kernels.mosaic_gpu.quantizer_block import (
     BIAS,
     HALF_BIN,
@@ -144,6 +145,9 @@ def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
     if task.residuals:
         source, unfinished = _source(p, task, row)
     blocks = _load(p, task, lane, source)
+    if task.activation is not None:
+        for block in blocks:
+            activate(p, task.activation, block.words)
     masks = _masks(p, task, lane, source)
     out = _outputs(p, task, lane, row, unfinished)
     if task.eps is not None:

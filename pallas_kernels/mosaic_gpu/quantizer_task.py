@@ -77,6 +77,7 @@ class Task:
       residuals: rows that follow the M: what quantising left over of some of them.
       eps: of the layer norm in front; None for none.
       batch: how many rows of gains and shifts that has, each for M / batch rows.
+      activation: in front, one of `quantizer_activation.PROGRAMS`, or None.
     """
 
     rows: int
@@ -88,6 +89,7 @@ class Task:
     residuals: int = 0
     eps: float | None = None
     batch: int = 1
+    activation: str | None = None
 
     @property
     def block(self) -> int:

@@ -140,6 +140,7 @@ def compile_quantizer(
     residuals: int = 0,
     batch: int = 0,
     metadata: bool = True,
+    activation: str | None = None,
     **changes: Any,
 ) -> None:
     """One case, for an H100; `changes` are of the default Config.
@@ -151,6 +152,7 @@ def compile_quantizer(
       residuals: how many rows.
       batch: of the norm in front; 0 for none.
       metadata: whether it is wanted.
+      activation: in front.
       changes: of the default Config.
     """
     import jax
@@ -179,6 +181,7 @@ def compile_quantizer(
             fmt,
             **optional,
             norm=Norm(*gains, eps=1e-6) if gains else None,
+            activation=activation,
             metadata=metadata,
             config=dataclasses.replace(config, **changes),
             num_sms=device.current().cores,

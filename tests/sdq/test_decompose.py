@@ -26,7 +26,8 @@ def made():
 
 
 def product(x, kernel, active=True):
-    x = x.__class__(base=x.base, residual=x.residual, tokens=x.tokens, active=jnp.array(active))
+    active = None if active is None else jnp.array(active)
+    x = x.__class__(base=x.base, residual=x.residual, tokens=x.tokens, active=active)
     return jax.jit(lambda x: multiply(x, lambda rows: rows @ kernel))(x)
 
 
@@ -53,6 +54,11 @@ def test_the_residual_is_a_quantised_array(made):
     rows = jnp.take_along_axis(x - x_both.base, x_both.tokens[..., None], axis=1)
     again = dequantize(quantize(rows, FORMAT, select="two_stage"))
     np.testing.assert_array_equal(x_both.residual, again)
+
+
+def test_always_is_active(made):
+    _, x_both, kernel = made
+    np.testing.assert_array_equal(product(x_both, kernel, None), product(x_both, kernel))
 
 
 def test_inactive_costs_and_changes_nothing(made):

@@ -15,7 +15,7 @@ from models.common.layers import (
     sinusoid,
     unpatchify,
 )
-from pallas_kernels import normed, prepared
+from pallas_kernels import computed, prepared
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_layer_norm_equals_float64(rng):
     expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * scale + bias
     norm = AffineLayerNorm(1e-6)
     params = {"scale": jnp.asarray(scale, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
-    y = normed(norm.apply({"params": params}, jnp.asarray(x, jnp.float32)))
+    y = computed(norm.apply({"params": params}, jnp.asarray(x, jnp.float32)))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    narrow = normed(norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)))
+    narrow = computed(norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)))
     assert narrow.dtype == jnp.bfloat16
 
 
@@ -96,8 +96,8 @@ def test_heads_are_normed_together_or_alone(rng, alone, gains):
 def test_modulation_broadcasts_over_tokens_or_follows_them(rng):
     x = jnp.asarray(rng.randn(2, 5, 16), jnp.float32)
     shift, scale = (jnp.asarray(rng.randn(2, 1, 16), jnp.float32) for _ in range(2))
-    one = normed(modulated_norm(x, shift, scale, 1e-6))
-    each = normed(modulated_norm(x, jnp.repeat(shift, 5, 1), jnp.repeat(scale, 5, 1), 1e-6))
+    one = computed(modulated_norm(x, shift, scale, 1e-6))
+    each = computed(modulated_norm(x, jnp.repeat(shift, 5, 1), jnp.repeat(scale, 5, 1), 1e-6))
     np.testing.assert_array_equal(one, each)
 
 

@@ -113,6 +113,25 @@ def test_a_site_without_a_choice_has_nothing_to_share(fmt):
     assert all(np.isfinite(out).all() for out in outs)
 
 
+def test_a_program_that_does_not_watch_computes_the_same():
+    everywhere = tuple((site, tuple(range(TINY.layers))) for site in VIDEO_SITES)
+    part = Decomposition(tokens=3, layers=everywhere)
+    watching = quantizer(sharing=shares(), decomposition=part, refresh_every=0)
+    outs, states = run(watching, steps=3)
+    quiet = dataclasses.replace(watching, watches=False)
+    params, (x, t, text, _) = random_params(), inputs()
+    model = Wan(TINY, Ops(quantizer=quiet), jnp.float32)
+
+    def step(state):
+        state = quiet.at_step(state, jnp.int32(2))
+        return model.apply({"params": params}, x, t, text, state=state)
+
+    assert "cond[" not in str(jax.make_jaxpr(step)(states[1]))
+    out, state = jax.jit(step)(states[1])
+    np.testing.assert_allclose(out, outs[2], rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, state, states[2])
+
+
 def test_refreshing_never_means_once():
     once = quantizer(sharing=shares(), refresh_every=0)
     _, states = run(once, steps=4)

@@ -17,7 +17,7 @@ from models.mmdit.config import SIZES, MMDiTConfig
 from models.mmdit.modeling import MMDiT
 from models.mmdit.params import abstract_params
 from models.mmdit.sites import DOUBLE_SITES, SINGLE_SITES, SITES, TEXT_SITES, video_inputs
-from pallas_kernels import normed, prepared
+from pallas_kernels import computed, prepared
 from sdq.rules import flatten
 
 OPEN_SORA = MMDiTConfig(
@@ -170,7 +170,7 @@ def test_every_linear_goes_through_the_ops(config):
     class Noting(Keep):
         def quantize(self, x, site, state):
             sites.append(site)
-            return normed(x)
+            return computed(x)
 
     ops = Ops(matmul=counted_matmul, attention=counted_attention, quantizer=Noting())
     model = MMDiT(config, ops)

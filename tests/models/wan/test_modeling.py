@@ -11,7 +11,7 @@ from models.common.layers import Ops, matmul
 from models.common.quantizer import Keep
 from models.wan.config import SIZES, WanConfig
 from models.wan.modeling import Wan
-from pallas_kernels import normed, prepared
+from pallas_kernels import computed, prepared
 
 TINY = WanConfig(
     width=48, heads=4, layers=3, ffn_width=64, in_channels=4, out_channels=4, text_width=16
@@ -91,7 +91,7 @@ def test_every_linear_goes_through_the_ops():
     class Noting(Keep):
         def quantize(self, x, site, state):
             sites.append(site)
-            return normed(x)
+            return computed(x)
 
     ops = Ops(matmul=counted_matmul, attention=counted_attention, quantizer=Noting())
     params, (x, t, text, _) = random_params(), inputs()

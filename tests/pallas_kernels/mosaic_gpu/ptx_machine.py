@@ -332,6 +332,7 @@ OPERATIONS = {
     "fma.rn.f32": _on_reals(lambda a, b, c: a * b + c),
     "max.NaN.f32": _on_reals(np.maximum),
     "ex2.approx.ftz.f32": _on_reals(np.exp2),
+    "tanh.approx.f32": _on_reals(np.tanh),
     "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),
     "cvt.rn.bf16x2.f32": _pair_of_reals,
     "cvt.rn.satfinite.e4m3x2.f32": _pair_of_e4m3,

@@ -7,6 +7,7 @@ import pytest
 
 import sdq
 from pallas_kernels import (
+    Activated,
     Normed,
     Projected,
     Quantized,
@@ -76,6 +77,15 @@ def test_a_norm_of_videos_is_done_on_the_way(hopper, gain, kernels_norm):
     text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
     assert text.count("mosaic_gpu_v2") == 1
     assert ("stablehlo.rsqrt" in text) != kernels_norm
+
+
+def test_a_gelu_is_done_on_the_way(hopper):
+    def call(x):
+        return quantize_rows(Activated(x=x, activation="gelu"), "sdq32:16")
+
+    x = abstract((2, 100, 608), jnp.bfloat16)
+    text = jax.export.export(jax.jit(call), platforms=["cuda"])(x).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 1 and "stablehlo.tanh" not in text
 
 
 def test_attention_reads_linears_results(hopper):

@@ -104,7 +104,9 @@ def check(got, want):
     np.testing.assert_array_equal(got[0].view(np.uint8), want[0].view(np.uint8))
 
 
-def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=1, **config):
+def task_of(
+    shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=1, activation=None, **config
+):
     return Task(
         rows=shape[0],
         length=shape[1],
@@ -115,6 +117,7 @@ def task_of(shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=
         residuals=residuals,
         eps=eps,
         batch=batch,
+        activation=activation,
     )
 
 
@@ -232,6 +235,25 @@ def test_norm_in_front(length, fmt, threads, batch, rng):
     assert np.mean(got[0].view(np.uint8) != want[0].view(np.uint8)) < 1e-3
 
 
+@pytest.mark.parametrize("length, threads", [(608, 32), (2080, 64)])
+def test_gelu_in_front(length, threads, rng):
+    """As after a GELU in float64, but where that lies next to the border of two bf16 numbers."""
+    x = (2 * rng.standard_normal((12, length))).astype(ml_dtypes.bfloat16)
+    x[5], x[6, :3], x[7, 3] = 0, (1e30, -1e30, 3e38), np.nan
+    tokens = np.array([11, 5, 2], np.int32)
+    task = task_of(x.shape, "sdq32:16", threads=threads, residuals=3, activation="gelu")
+    got = run(x, task, None, None, tokens)
+    wide = x.astype(np.float64)
+    gelu = wide / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
+    gelu = gelu.astype(ml_dtypes.bfloat16)
+    want = expected(gelu, task.format)
+    left = (gelu.astype(np.float32) - dequantised(*want[:2])).astype(ml_dtypes.bfloat16)[tokens]
+    want = [np.concatenate(parts) for parts in zip(want, expected(left, task.format), strict=True)]
+    np.testing.assert_array_equal(got[1], want[1])
+    values = [part[0].astype(np.float32) for part in (got, want)]  # zeros of either sign
+    assert np.mean((values[0] != values[1]) & ~np.isnan(values[1])) < 1e-3
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_warps_may_race(seed, rng):
     """Rows of several warps, one after the other, in different interleavings."""
@@ -341,6 +363,7 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         {"m": 33, "k": 28672, "format": "e2m1:16"},
         {"m": 32760, "k": 5120} | residuals,
         {"m": 32760, "k": 13824, "books": 864, "residuals": 3276},
+        {"m": 32760, "k": 13824, "books": 864, "residuals": 3276, "activation": "gelu"},
         {"m": 32760, "k": 5120, "batch": 2, "format": "sdq32:32"} | residuals,
         {"m": 32760, "k": 8960, "batch": 1},
     ]

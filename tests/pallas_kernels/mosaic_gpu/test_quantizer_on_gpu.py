@@ -83,6 +83,18 @@ def test_norm_in_front(rng, length):
     assert np.mean((got[0].view(np.uint8) != want[0].view(np.uint8))[alike]) < 1e-3
 
 
+@pytest.mark.parametrize("length", [8960, 13824])
+def test_gelu_in_front(rng, length):
+    x = (2 * rng.randn(256, length)).astype(ml_dtypes.bfloat16)
+    got = run(x, "sdq32:16", activation="gelu")
+    gelu = jax.nn.gelu(jnp.asarray(x, jnp.float32))
+    want = bits(np.asarray(gelu.astype(jnp.bfloat16)), "sdq32:16")
+    alike = (got[1] == want[1])[:, 0]
+    assert alike.mean() > 0.98  # as above
+    values = [part[0].astype(np.float32) for part in (got, want)]  # zeros of either sign
+    assert np.mean((values[0] != values[1])[alike]) < 5e-3
+
+
 def test_runs_agree(rng):
     """No race: the same bits every time."""
     x = rows(4096, 5120, rng)

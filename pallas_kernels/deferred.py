@@ -1,9 +1,11 @@
-"""Normed: what a layer norm is about to make, so that whoever rounds it can norm it on the way."""
+"""What a norm or an activation is about to make, so that whoever rounds it can do it on the way."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.reference import ACTIVATIONS
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +36,40 @@ class Normed:
         return self.x.dtype
 
 
-def normed(x: jax.Array | Normed) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Activated:
+    """Stands for activation(x), float32 inside.
+
+    Attributes:
+      x: `[B, S, K]`.
+      activation: a name in ACTIVATIONS.
+    """
+
+    x: jax.Array
+    activation: str | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of x, which the numbers are rounded to."""
+        return self.x.dtype
+
+
+Deferred = Normed | Activated
+
+
+def computed(x: jax.Array | Deferred) -> jax.Array:
     """The numbers, in x's dtype."""
-    if not isinstance(x, Normed):
-        return x
-    return (layer_norm(x.x, x.eps) * x.gain + x.shift).astype(x.dtype)
+    if isinstance(x, Normed):
+        return (layer_norm(x.x, x.eps) * x.gain + x.shift).astype(x.dtype)
+    if isinstance(x, Activated):
+        return ACTIVATIONS[x.activation](x.x.astype(jnp.float32)).astype(x.dtype)
+    return x
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
