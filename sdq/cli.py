@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--model", required=True, help="which; a wrong name lists all")
         if name == "quantize":
             command.add_argument("--recipe", default="plain", help="(default: plain)")
+            command.add_argument(
+                "--embedders",
+                metavar="FORMAT",
+                default="int8",
+                help='of what embeds time and text, or "bf16" (default: int8)',
+            )
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=_quantize)
@@ -288,8 +294,9 @@ def _quantize(args: argparse.Namespace) -> int:
 
     is_kept = args.command == "convert"
     recipe = recipes.Recipe(name=recipes.KEEP) if is_kept else recipes.named(args.recipe)
+    embedders = recipes.KEEP if is_kept else args.embedders
     try:
-        checkpoints.quantize(args.source, args.model, recipe, args.out)
+        checkpoints.quantize(args.source, args.model, recipe, args.out, embedders)
     except KeyboardInterrupt:
         print(f"sdq {args.command}: interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from pallas_kernels import (
     quantize_rows,
     quantized_matmul,
     tile_weight,
+    untileable,
 )
 from sdq import QTensor
 from sdq.rules import is_qtensor
@@ -91,10 +92,13 @@ class Products:
 
 
 def tile_kernels(params: Any) -> Any:
-    """Parameters whose QTensors `[*lead, K, N]` are reordered once for the Hopper kernel."""
+    """Parameters whose QTensors `[*lead, K, N]` are reordered once for the Hopper kernel.
+
+    Those in formats that it does not read stay: int8, which embedders may have.
+    """
 
     def tiled(leaf: Any) -> Any:
-        if not is_qtensor(leaf):
+        if not is_qtensor(leaf) or untileable(leaf.format):
             return leaf
         tile = tile_weight
         for _ in range(leaf.ndim - 2):

@@ -27,6 +27,7 @@ from sdq.rules import Plan
 KEEP = "bf16"  # the name of "not quantised"
 KERNELS = r"(.*/)?(\w+_)?blocks/.*/kernel"
 INPUTS = r"(\w+_)?blocks/(?!modulation).*"  # modulation reads one vector a video
+ENDS = r"(.*/)?(patch_embedding|img_in|cond_in|head)/kernel"  # read pixels, or make them
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +136,15 @@ def named(name: str) -> Recipe:
     close = difflib.get_close_matches(name, RECIPES, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"unknown recipe {name!r}; there is {', '.join(RECIPES)}{hint}")
+
+
+def with_embedders(recipe: Recipe, fmt: str) -> Recipe:
+    """Also what embeds time and text, outside of the blocks, in a format, or KEEP."""
+    if fmt == KEEP:
+        return recipe
+    return dataclasses.replace(
+        recipe, weights=(*recipe.weights, Rule(ENDS, None), Rule(r".*/kernel", fmt))
+    )
 
 
 def plan(params: Any, recipe: Recipe, sites: Iterable[str]) -> Plan:

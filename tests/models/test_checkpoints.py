@@ -5,6 +5,7 @@ import os
 import re
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from models.wan.sites import SITES
 from scripts.make_goldens import WAN
 from sdq.cli import main
 from sdq.manifest import JOURNAL, read_manifest
+from sdq.rules import is_qtensor
 from tests.models.wan.test_parity import checkpoint, golden
 
 CASE = "t2v-norms-0"
@@ -38,7 +40,7 @@ def quantised_whole(source, recipe):
     """Read at once, and the reports."""
     params = load(source, WAN[CASE].config)
     reports = []
-    plan = recipes.plan(params, recipe, SITES)
+    plan = recipes.plan(params, recipes.with_embedders(recipe, "int8"), SITES)
     return sdq.quantize_params(params, plan, on_leaf=reports.append), reports
 
 
@@ -80,6 +82,18 @@ def test_interrupted_it_goes_on(source, tmp_path, monkeypatch):
     expected, _ = quantised_whole(source, recipe)
     jax.tree.map(np.testing.assert_array_equal, sdq.load(out), expected)
     assert not (out / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("embedders", ["bf16", "sdq32:16"])
+def test_embedders_in_other_formats(source, tmp_path, embedders):
+    checkpoints.quantize(source, "tiny", recipes.named("plain"), tmp_path / "q", embedders)
+    loaded = sdq.load(tmp_path / "q")
+    for name in ("time_projection", "text_in"):
+        kernel = loaded[name]["kernel"]
+        assert (str(kernel.format) if is_qtensor(kernel) else kernel.dtype) == {
+            "bf16": jnp.bfloat16
+        }.get(embedders, embedders)
+    assert not is_qtensor(loaded["head"]["kernel"])
 
 
 def test_another_checkpoint_does_not_go_on(source, tmp_path):
