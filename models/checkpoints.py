@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from models.common.quantize_files import quantize_files
 from models.common.recipes import Recipe
-from models.common.tensor_files import open_tensors
 from models.families import family_of
 from sdq.progress import bytes_bar
+from sdq.tensor_files import open_tensors
 from sdq.tree import LeafReport
 
 

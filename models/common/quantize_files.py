@@ -15,10 +15,10 @@ import numpy as np
 
 import sdq
 from models.common.recipes import Recipe, plan
-from models.common.tensor_files import TensorFiles
 from models.common.weights import Source, check, parts_of
 from sdq.checkpoint_stream import Made, save_leaves
 from sdq.rules import LeafPlan, Plan, path_of
+from sdq.tensor_files import TensorFiles
 from sdq.tree import LeafReport
 
 

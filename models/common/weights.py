@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.tensor_files import TensorFiles
 from sdq.rules import path_of
+from sdq.tensor_files import TensorFiles
 
 Layout = Callable[[np.ndarray], np.ndarray]
 

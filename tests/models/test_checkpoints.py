@@ -11,13 +11,13 @@ import pytest
 import sdq
 from models import checkpoints
 from models.common import recipes
-from models.common.tensor_files import TensorFiles, open_tensors, save_tensors
 from models.wan.config import SIZES
 from models.wan.params import load
 from models.wan.sites import SITES
 from scripts.make_goldens import WAN
 from sdq.cli import main
 from sdq.manifest import JOURNAL, read_manifest
+from sdq.tensor_files import TensorFiles, open_tensors, save_tensors
 from tests.models.wan.test_parity import checkpoint, golden
 
 CASE = "t2v-norms-0"

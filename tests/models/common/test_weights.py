@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import sdq
-from models.common.tensor_files import open_tensors, save_tensors
 from models.common.weights import (
     Source,
     params_from_tensors,
@@ -12,6 +11,7 @@ from models.common.weights import (
     transposed,
     without_batch,
 )
+from sdq.tensor_files import open_tensors, save_tensors
 
 SOURCES = {
     "blocks/up/kernel": Source("blocks.{}.0.weight", transposed),
