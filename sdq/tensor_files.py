@@ -50,6 +50,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return name in self._files
 
     @property
+    def stem(self) -> str:
+        """The file's name, or that of the index, without its endings."""
+        return self.where.name.removesuffix(".index.json").removesuffix(".safetensors")
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The metadata of all files, merged."""
         merged: dict[str, str] = {}

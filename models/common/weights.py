@@ -48,6 +48,22 @@ def in_turn(*layouts: Layout) -> Layout:
     return all_of_them
 
 
+def undo(layout: Layout, part: np.ndarray, tensor: np.ndarray) -> None:
+    """The inverse of a layout: set those elements of `tensor` that it makes `part` of.
+
+    A layout only moves elements and leaves some out, so it says itself where each belongs: most
+    are views, into which one can write; the others are shown the elements' numbers.
+    """
+    view = layout(tensor)
+    if view.shape != part.shape:
+        raise ValueError(f"expected {list(view.shape)}, got {list(part.shape)}")
+    if np.may_share_memory(view, tensor):
+        view[...] = part
+    else:
+        numbers = layout(np.arange(tensor.size).reshape(tensor.shape))
+        tensor.reshape(-1)[numbers] = part
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
     """Where a leaf comes from.

@@ -53,7 +53,8 @@ def test_the_same_as_in_memory(source, tmp_path, name):
         assert (got.path, got.format, got.bytes_after) == (want.path, want.format, want.bytes_after)
         if want.sqnr_db is not None:
             assert got.sqnr_db == pytest.approx(want.sqnr_db, abs=1e-3)
-    assert read_manifest(tmp_path / "q").metadata == {"model": "tiny", "recipe": name}
+    metadata = read_manifest(tmp_path / "q").metadata
+    assert metadata["model"] == "tiny" and metadata["recipe"] == name
 
 
 def test_interrupted_it_goes_on(source, tmp_path, monkeypatch):
