@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import pathlib
+import re
 import struct
 
 import jax
@@ -15,9 +17,14 @@ import safetensors.numpy
 import sdq
 from sdq import Rule
 from sdq.exported import export, is_exported, load_export, read_manifest
+from sdq.rules import flatten, is_qtensor
 from sdq.tensor_files import open_tensors
 
-FORMATS = ["sdq32:16", "dialectfp4:32", "mxfp4", "nvfp4", "int4:32", "int8", "nf4:64"]
+DOCUMENTATION = pathlib.Path(__file__).parents[2] / "docs" / "safetensors.md"
+FORMATS = [
+    *("sdq32:16", "dialectfp4:32", "e2m1:16", "mxfp4", "nvfp4", "nvfp4:one_level"),
+    *("int4:32", "int4", "int8", "nf4:64"),
+]
 
 
 def tree(rng):
@@ -96,9 +103,21 @@ def test_codes_lie_low_nibble_first(tmp_path):
     assert header["x.codes"]["shape"] == [2] and header["x.scales"]["dtype"] == "BF16"
     # 1, -2, 3, 0 by 3 / 7: 2, -5, 7, 0 -> nibbles 2, 0xb; 7, 0 -> low nibble first
     assert codes == bytes([0xB2, 0x07])
+    assert data[8 + length :] == bytes([0xDB, 0x3E, 0xB2, 0x07])
     document = json.loads(header["__metadata__"]["sdq"])["body"]
     assert document["files"]["x.codes"] == [2, hashlib.sha256(codes).hexdigest()]
     assert document["leaves"][0]["arrays"] == {"codes": "x.codes", "scales": "x.scales"}
+
+
+def test_the_reader_in_the_documentation_reads_every_format(params, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    reader: dict = {}
+    exec(code, reader)
+    (file,) = export(params, tmp_path / "x.safetensors")
+    leaves = reader["read"](file)
+    for path, leaf in flatten(params).items():
+        exact = sdq.dequantize(leaf, jnp.float32) if is_qtensor(leaf) else leaf
+        np.testing.assert_array_equal(leaves[path], np.asarray(exact), err_msg=path)
 
 
 def test_numbers_are_aligned(params, tmp_path):
