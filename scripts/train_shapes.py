@@ -29,7 +29,6 @@ import orbax.checkpoint as ocp
 import rich.console
 import rich.progress
 
-from models.common.tensor_files import save_tensors
 from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
 from models.shapes.render import render
@@ -37,6 +36,7 @@ from models.shapes.vocabulary import CAPTION_TOKENS
 from models.shapes.world import VIDEO, caption_tokens, sample_scene
 from sdq.files import write_atomically
 from sdq.rules import flatten, path_of
+from sdq.tensor_files import save_tensors
 
 CALL_STEPS = 20  # optimiser steps of one jitted call
 

@@ -4,6 +4,8 @@ import importlib.metadata
 
 from sdq.checkpoint import load as load
 from sdq.checkpoint import save as save
+from sdq.exported import export as export
+from sdq.exported import load_export as load_export
 from sdq.formats import Format as Format
 from sdq.formats import parse as format
 from sdq.leaf_table import leaf_table as leaf_table
@@ -33,10 +35,12 @@ __all__ = [
     "Rule",
     "dequantize",
     "dequantize_params",
+    "export",
     "fake_quantize",
     "format",
     "leaf_table",
     "load",
+    "load_export",
     "progress_bar",
     "quantize",
     "quantize_params",

@@ -19,7 +19,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -88,9 +88,7 @@ def finish(
         data=data.name,
         leaves=tuple(leaves),
         files=files,
-        written_by={
-            name: importlib.metadata.version(name) for name in ("sdq", "jax", "orbax-checkpoint")
-        },
+        written_by=versions(),
         metadata=metadata or {},
     )
     write_manifest(root, manifest)
@@ -99,6 +97,11 @@ def finish(
             shutil.rmtree(old)
     for file in (*abandoned(root / MANIFEST), root / JOURNAL):
         file.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what writes."""
+    return {name: importlib.metadata.version(name) for name in ("sdq", "jax", "orbax-checkpoint")}
 
 
 def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> Any:
@@ -117,18 +120,31 @@ def load(path: str | os.PathLike, like: Any = None, *, verify: bool = True) -> A
     """
     root = pathlib.Path(path).absolute()
     manifest = read_manifest(root)
-    stored = {entry.path: _abstract_leaf(root, entry) for entry in manifest.leaves}
+    stored = {entry.path: abstract_leaf(root / MANIFEST, entry) for entry in manifest.leaves}
     if verify:
         verify_files(root, manifest)
     wanted = stored if like is None else rules.flatten(like)
     _check_like(wanted, stored)
     arrays = _read_arrays(root, manifest, wanted)
-    leaves = {entry.path: _assemble(stored[entry.path], entry, arrays) for entry in manifest.leaves}
+    leaves = {entry.path: assemble(stored[entry.path], entry, arrays) for entry in manifest.leaves}
     if like is None:
-        return _nested(leaves)
+        return nested(leaves)
     return jax.tree_util.tree_map_with_path(
         lambda keys, _: leaves[rules.path_of(keys)], like, is_leaf=rules.is_qtensor
     )
+
+
+def read_leaf(path: str | os.PathLike, manifest: Manifest, entry: LeafEntry) -> Any:
+    """One leaf of a checkpoint, verified, on the default device.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    root = pathlib.Path(path).absolute()
+    stored = abstract_leaf(root / MANIFEST, entry)
+    verify_files(root, manifest, only=entry.path)
+    alone = dataclasses.replace(manifest, leaves=(entry,))
+    return assemble(stored, entry, _read_arrays(root, alone, {entry.path: stored}))
 
 
 def leaf_reports(manifest: Manifest) -> list[LeafReport]:
@@ -153,7 +169,7 @@ def abstract(path: str | os.PathLike) -> Any:
     """A checkpoint's tree without its numbers: (QTensors of) ShapeDtypeStructs in nested dicts."""
     root = pathlib.Path(path).absolute()
     entries = read_manifest(root).leaves
-    return _nested({entry.path: _abstract_leaf(root, entry) for entry in entries})
+    return nested({entry.path: abstract_leaf(root / MANIFEST, entry) for entry in entries})
 
 
 def entries(
@@ -189,8 +205,8 @@ def entries(
     return found, arrays
 
 
-def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
-    """ShapeDtypeStruct, or a QTensor of them."""
+def abstract_leaf(where: str | os.PathLike, entry: LeafEntry) -> Any:
+    """ShapeDtypeStruct, or a QTensor of them; `where` the entry was found is for errors."""
     dtype = np.dtype(entry.dtype)
     if entry.format is None:
         return jax.ShapeDtypeStruct(entry.shape, dtype)
@@ -198,8 +214,7 @@ def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
         fmt = formats.parse(entry.format)
     except ValueError as error:
         raise CheckpointError(
-            f"{root / MANIFEST}: leaf {entry.path!r}: {error}; "
-            "install the sdq that knows this format"
+            f"{where}: leaf {entry.path!r}: {error}; install the sdq that knows this format"
         ) from None
     lead, axis = list(entry.shape), int(entry.axis or 0)
     length = lead.pop(axis)
@@ -215,7 +230,8 @@ def _abstract_leaf(root: pathlib.Path, entry: LeafEntry) -> Any:
     )
 
 
-def _assemble(leaf: Any, entry: LeafEntry, arrays: dict[str, jax.Array]) -> Any:
+def assemble(leaf: Any, entry: LeafEntry, arrays: Mapping[str, Any]) -> Any:
+    """A leaf of its arrays by name, given what `abstract_leaf` says of it."""
     parts = {part: arrays[name] for part, name in entry.arrays.items()}
     if not rules.is_qtensor(leaf):
         return parts["array"]
@@ -279,9 +295,10 @@ def _read_arrays(
             }
             structs = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in wanted_here.items()}
             try:
-                found = checkpointer.restore(
-                    folder, args=ocp.args.PyTreeRestore(item=structs, restore_args=restore_args)
+                args = ocp.args.PyTreeRestore(
+                    item=structs, restore_args=restore_args, partial_restore=True
                 )
+                found = checkpointer.restore(folder, args=args)
             except Exception as error:
                 # Whatever tensorstore or Orbax made of damaged files that nobody verified.
                 raise CheckpointError(
@@ -348,7 +365,7 @@ def _same_everywhere(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def _nested(leaves: dict[str, Any]) -> Any:
+def nested(leaves: dict[str, Any]) -> Any:
     """Leaves by path -> nested dicts; a lone leaf with the empty path is the tree itself."""
     if set(leaves) == {""}:
         return leaves[""]

@@ -13,9 +13,10 @@ import rich.console
 
 import models
 import sdq
-from sdq import checkpoint, format_table, formats
-from sdq.leaf_table import bits_per_element, leaf_table
+from sdq import checkpoint, exported, format_table, formats
+from sdq.leaf_table import bits_per_element, leaf_table, size_text
 from sdq.manifest import read_manifest, to_json_number
+from sdq.progress import bytes_bar
 from sdq.tree import LeafReport
 
 
@@ -59,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
         help="list the leaves of a checkpoint",
         description="Format, size and quantisation error of every leaf of a checkpoint.",
     )
-    inspect.add_argument("path", metavar="PATH", help="folder that sdq.save wrote")
+    inspect.add_argument(
+        "path", metavar="PATH", help="folder that sdq.save wrote, or what sdq export did"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -84,6 +87,29 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=_quantize)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as safetensors",
+        description="Write a checkpoint as safetensors for other programs: codes and scales as "
+        "docs/safetensors.md says, or the weights that they stand for, in names, shapes and dtypes "
+        "of the published checkpoint that it was made of.",
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder that sdq wrote")
+    export.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        metavar="OUT",
+        help="a .safetensors file, or a new folder",
+    )
+    export.add_argument(
+        "--dequantize", action="store_true", help="weights as published, not codes and scales"
+    )
+    export.add_argument(
+        "--shard-size", type=float, metavar="GB", help="of the files in a folder (default: 5)"
+    )
+    export.set_defaults(run=_export)
 
     sample = commands.add_parser(
         "sample",
@@ -303,8 +329,30 @@ def _quantize(args: argparse.Namespace) -> int:
     return _inspect(argparse.Namespace(path=args.out, json=args.json))
 
 
+def _export(args: argparse.Namespace) -> int:
+    shard_size = None if args.shard_size is None else int(args.shard_size * 1e9)
+    try:
+        if args.dequantize:
+            from models import checkpoints
+
+            files = checkpoints.dequantize(args.checkpoint, args.out, shard_size)
+        else:
+            total = sum(entry.nbytes for entry in read_manifest(args.checkpoint).leaves)
+            with bytes_bar("export", total) as on_part:
+                files = exported.export(
+                    args.checkpoint, args.out, shard_size=shard_size, on_part=on_part
+                )
+    except KeyboardInterrupt:
+        print("sdq export: interrupted; nothing is left", file=sys.stderr)
+        return 130
+    size = size_text(sum(file.stat().st_size for file in files))
+    print(f"{files[0]}: {size} in {len(files)} {'file' if len(files) == 1 else 'files'}")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
-    manifest = read_manifest(args.path)
+    is_exported = exported.is_exported(args.path)
+    manifest = exported.read_manifest(args.path) if is_exported else read_manifest(args.path)
     reports = checkpoint.leaf_reports(manifest)
     if args.json:
         document = {

@@ -44,7 +44,11 @@ class LeafEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds. `files` maps file names to (bytes, SHA-256)."""
+    """What a checkpoint holds.
+
+    `files` maps file names in the folder `data` to (bytes, SHA-256). In an exported checkpoint
+    (`exported.py`) `data` is empty, and `files` are tensors.
+    """
 
     data: str
     leaves: tuple[LeafEntry, ...]
@@ -61,18 +65,23 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             f"{file}: no such file, so {file.parent} is no sdq checkpoint; "
             "give the folder that `sdq.save` wrote"
         )
+    return manifest_from(file.read_bytes(), file)
+
+
+def manifest_from(text: str | bytes, where: str | os.PathLike) -> Manifest:
+    """The inverse of `to_document`'s JSON, checked likewise; `where` it was found is for errors."""
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(text)
         version, body = document["version"], document["body"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}); {REMEDY}") from None
+        raise CheckpointError(f"{where}: damaged ({error!r}); {REMEDY}") from None
     if version != VERSION:
         raise CheckpointError(
-            f"{file}: checkpoint version {version}, this sdq reads version {VERSION}; "
+            f"{where}: checkpoint version {version}, this sdq reads version {VERSION}; "
             "install a newer sdq, or save the checkpoint again with this one"
         )
     if document.get("sha256") != digest_of(body):
-        raise CheckpointError(f"{file}: damaged (its checksum differs); {REMEDY}")
+        raise CheckpointError(f"{where}: damaged (its checksum differs); {REMEDY}")
     return Manifest(
         data=body["data"],
         leaves=tuple(leaf_entry(leaf) for leaf in body["leaves"]),
@@ -94,8 +103,8 @@ def leaf_entry(leaf: dict[str, Any]) -> LeafEntry:
     )
 
 
-def verify_files(root: pathlib.Path, manifest: Manifest) -> None:
-    """Every file present, of its size and with its SHA-256."""
+def verify_files(root: pathlib.Path, manifest: Manifest, only: str | None = None) -> None:
+    """Every file present, of its size and with its SHA-256; or those that one leaf needs."""
     leaf_of = {
         name.split("/")[0]: entry.path
         for entry in manifest.leaves
@@ -104,6 +113,8 @@ def verify_files(root: pathlib.Path, manifest: Manifest) -> None:
     for name, (nbytes, digest) in manifest.files.items():
         file = root / manifest.data / name
         leaf = leaf_of.get(name.split("/")[0])
+        if only is not None and leaf not in (only, None):
+            continue
         where = f"{file}" + (f" (leaf {leaf!r})" if leaf else "")
         if not file.is_file():
             raise CheckpointError(f"{where}: missing; {REMEDY}")
@@ -115,11 +126,16 @@ def verify_files(root: pathlib.Path, manifest: Manifest) -> None:
 
 def write_manifest(root: pathlib.Path, manifest: Manifest) -> None:
     """Replace the manifest in one rename: a reader sees the old one or the new one."""
+    text = json.dumps(to_document(manifest), indent=1, allow_nan=False)
+    write_atomically(root / MANIFEST, text.encode())
+
+
+def to_document(manifest: Manifest) -> dict[str, Any]:
+    """As JSON, with version and checksum."""
     body = dataclasses.asdict(manifest)
     for leaf in body["leaves"]:
         leaf["sqnr_db"] = to_json_number(leaf["sqnr_db"])
-    document = {"version": VERSION, "sha256": digest_of(body), "body": body}
-    write_atomically(root / MANIFEST, json.dumps(document, indent=1, allow_nan=False).encode())
+    return {"version": VERSION, "sha256": digest_of(body), "body": body}
 
 
 def to_json_number(value: float | None) -> float | str | None:

@@ -15,10 +15,11 @@ import numpy as np
 
 import sdq
 from models.common.recipes import Recipe, plan
-from models.common.tensor_files import TensorFiles
+from models.common.source_table import TENSORS, table_of
 from models.common.weights import Source, check, parts_of
 from sdq.checkpoint_stream import Made, save_leaves
 from sdq.rules import LeafPlan, Plan, path_of
+from sdq.tensor_files import TensorFiles
 from sdq.tree import LeafReport
 
 
@@ -45,7 +46,7 @@ def quantize_files(
       out: folder of the checkpoint.
       sites: of the model's inputs.
       ignored: names that may be there and are not read.
-      metadata: for the manifest.
+      metadata: for the manifest, which also gets `TENSORS`, what was read (`source_table.py`).
       on_part: called with a leaf's path and the bytes that were read of it, also of leaves that an
         earlier run has left.
       on_leaf: called after each leaf.
@@ -60,6 +61,8 @@ def quantize_files(
         )
     check(tensors, sources, abstract, ignored)
     planned = _plan(tensors, sources, abstract, recipe, sites)
+    depths = {path: leaf.shape[0] for path, leaf in planned.leaves.items() if leaf.shape}
+    metadata = {**(metadata or {}), TENSORS: table_of(tensors, sources, depths)}
     makers = {
         path: functools.partial(
             _made, tensors, sources[path], leaf, functools.partial(on_part, path)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.tensor_files import TensorFiles
 from sdq.rules import path_of
+from sdq.tensor_files import TensorFiles
 
 Layout = Callable[[np.ndarray], np.ndarray]
 
@@ -46,6 +46,22 @@ def in_turn(*layouts: Layout) -> Layout:
         return tensor
 
     return all_of_them
+
+
+def undo(layout: Layout, part: np.ndarray, tensor: np.ndarray) -> None:
+    """The inverse of a layout: set those elements of `tensor` that it makes `part` of.
+
+    A layout only moves elements and leaves some out, so it says itself where each belongs: most
+    are views, into which one can write; the others are shown the elements' numbers.
+    """
+    view = layout(tensor)
+    if view.shape != part.shape:
+        raise ValueError(f"expected {list(view.shape)}, got {list(part.shape)}")
+    if np.may_share_memory(view, tensor):
+        view[...] = part
+    else:
+        numbers = layout(np.arange(tensor.size).reshape(tensor.shape))
+        tensor.reshape(-1)[numbers] = part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.common.tensor_files import TensorFiles, open_tensors
 from models.common.weights import (
     Layout,
     Source,
@@ -39,6 +38,7 @@ from models.mmdit.key_names import (
     Name,
 )
 from models.mmdit.modeling import MMDiT
+from sdq.tensor_files import TensorFiles, open_tensors
 
 IGNORED = ()  # tensors that may be there and are not read
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.common.tensor_files import open_tensors
 from models.common.weights import Source, params_from_tensors
 from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
@@ -15,6 +14,7 @@ from models.shapes.stressors import stress
 from models.shapes.vocabulary import CAPTION_TOKENS
 from models.shapes.world import VIDEO
 from sdq.rules import path_of
+from sdq.tensor_files import open_tensors
 
 WEIGHTS = pathlib.Path(__file__).parent / "shapes.safetensors"
 

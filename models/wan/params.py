@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.common.tensor_files import TensorFiles, open_tensors
 from models.common.weights import (
     Layout,
     Source,
@@ -19,6 +18,7 @@ from models.common.weights import (
 )
 from models.wan.config import WanConfig
 from models.wan.modeling import Wan
+from sdq.tensor_files import TensorFiles, open_tensors
 
 # Our module: (name in the original checkpoints, name in diffusers'). "{}" is a block's number.
 _LINEARS = {

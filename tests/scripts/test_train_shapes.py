@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from models.common.tensor_files import open_tensors
 from scripts import train_shapes
 from scripts.train_shapes import TrainConfig
+from sdq.tensor_files import open_tensors
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # The script with a model small enough for a test.

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 
 import sdq
-from models.common.tensor_files import open_tensors, save_tensors
 from models.common.weights import (
     Source,
+    as_stored,
+    in_turn,
     params_from_tensors,
     patch_kernel,
     transposed,
+    undo,
     without_batch,
 )
+from sdq.tensor_files import open_tensors, save_tensors
 
 SOURCES = {
     "blocks/up/kernel": Source("blocks.{}.0.weight", transposed),
@@ -93,3 +96,34 @@ def test_a_patch_kernel_reads_patches_in_our_order(rng):
     windows = x.reshape(1, 2, 1, 2, 2, 2, 2, 3)  # b, t, pt, h, ph, w, pw, c
     expected = np.einsum("btqhywxc,ocqyx->bthwo", windows, weight)
     np.testing.assert_allclose(tokens, expected.reshape(1, 8, 6), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout, shape",
+    [
+        (as_stored, ()),
+        (as_stored, (0, 3)),
+        (transposed, (4, 6)),
+        (without_batch, (1, 5, 2)),
+        (patch_kernel, (4, 3, 1, 2, 2)),
+        (in_turn(lambda x: np.roll(x, 2, axis=0), transposed), (4, 6)),  # no view
+    ],
+)
+def test_layouts_are_undone(layout, shape, rng):
+    stored = rng.randn(*shape) if shape else np.float64(3)
+    tensor = np.full(shape, np.nan)
+    undo(layout, layout(np.asarray(stored)), tensor)
+    np.testing.assert_array_equal(tensor, stored)
+
+
+def test_parts_of_a_tensor_are_undone_one_by_one(rng):
+    stored, tensor = rng.randn(6, 4), np.full((6, 4), np.nan)
+    for first in (0, 2, 4):
+        rows = in_turn(lambda x, first=first: x[first : first + 2], transposed)
+        undo(rows, rows(stored), tensor)
+    np.testing.assert_array_equal(tensor, stored)
+
+
+def test_parts_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[4, 6\], got \[1, 6\]"):
+        undo(transposed, np.zeros((1, 6)), np.zeros((6, 4)))

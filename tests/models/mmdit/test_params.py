@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from models.common.tensor_files import open_tensors, save_tensors
 from models.mmdit.config import SIZES
 from models.mmdit.key_names import LAYOUTS
 from models.mmdit.params import abstract_params, load, sources
 from scripts._mmdit_goldens import MMDIT, mmdit_weight
 from sdq.rules import flatten
+from sdq.tensor_files import open_tensors, save_tensors
 from tests.models.mmdit.test_parity import checkpoint, golden
 
 TENSORS = {

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.tensor_files import save_tensors
 from models.mmdit.modeling import MMDiT
 from models.mmdit.params import load
 from scripts._mmdit_goldens import MMDIT, MMDIT_TOLERANCE, mmdit_inputs, mmdit_weight
 from scripts.make_goldens import GOLDENS
+from sdq.tensor_files import save_tensors
 
 CASES = [(name, layout) for name, case in MMDIT.items() for layout in case.layouts]
 

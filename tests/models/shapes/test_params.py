@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.tensor_files import open_tensors, save_tensors
 from models.shapes.config import CONFIG
 from models.shapes.modeling import Shapes
 from models.shapes.params import WEIGHTS, load
 from models.shapes.vocabulary import EXAMPLE, tokenize
 from models.shapes.world import VIDEO
 from sdq.rules import flatten
+from sdq.tensor_files import open_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")

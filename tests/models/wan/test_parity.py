@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.tensor_files import save_tensors
 from models.wan.modeling import Wan
 from models.wan.params import LAYOUTS, load
 from scripts.make_goldens import GOLDENS, WAN, WAN_TOLERANCE, wan_inputs, wan_weight
+from sdq.tensor_files import save_tensors
 
 
 def golden(name):

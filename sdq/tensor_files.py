@@ -16,6 +16,15 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 
 
@@ -39,6 +48,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._files
+
+    @property
+    def stem(self) -> str:
+        """The file's name, or that of the index, without its endings."""
+        return self.where.name.removesuffix(".index.json").removesuffix(".safetensors")
 
     @property
     def metadata(self) -> dict[str, str]:

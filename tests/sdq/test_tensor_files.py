@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.common.tensor_files import open_tensors, save_tensors
+from sdq.tensor_files import open_tensors, save_tensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
