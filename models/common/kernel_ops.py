@@ -19,11 +19,13 @@ from pallas_kernels import (
     Fp8Rows,
     Normed,
     TiledWeight,
+    device,
     quantize_rows,
     quantized_matmul,
     tile_weight,
 )
-from sdq import QTensor
+from pallas_kernels.mosaic_gpu import operands, tables
+from sdq import QTensor, formats
 from sdq.rules import is_qtensor
 
 
@@ -45,6 +47,25 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
         if rule.rule not in (None, "two_stage"):
             raise ValueError(f"select: kernels choose in two stages, not by {rule.rule!r}")
     return dataclasses.replace(ops, quantizer=dataclasses.replace(quantizer, rounding=rounding))
+
+
+def without_kernels(ops: Ops, params: Any) -> str | None:
+    """Why kernels cannot compute with these parameters here; None if they can."""
+    if reason := device.without_mosaic_gpu():
+        return reason
+    rules = ops.quantizer.rules if isinstance(ops.quantizer, InputQuantizer) else ()
+    for rule in rules:
+        if rule.format is not None and formats.parse(rule.format).family != "dialect":
+            return f"inputs in {rule.format}: only dialect formats have fp8 numbers"
+        if rule.rule not in (None, "two_stage"):
+            return f"inputs chosen by {rule.rule}: kernels choose in two stages"
+    for leaf in filter(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor)):
+        width = leaf.shape[-2]
+        if reason := tables.misfit(leaf.format):
+            return f"weights in {reason}"
+        if width % operands.STEP:
+            return f"weights of {width} channels: not a multiple of {operands.STEP}"
+    return None
 
 
 def rounding(
