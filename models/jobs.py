@@ -1,6 +1,7 @@
 """What a call of `sdq sample` asks for, and what follows from it before anything is computed."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,8 @@ def plan(job: Job) -> Plan:
     if low is None:  # of a guidance that was asked for, both
         low = defaults.guidance_low if job.guidance is None else guidance
     low = guidance if low is None else low
+    if not (math.isfinite(guidance) and math.isfinite(low)):
+        raise ValueError(f"guidance: expected a finite number, got {guidance:g}, {low:g}")
     is_told = getattr(config, "guidance", False)
     folders = [folder for folder in (job.checkpoint, job.low_noise) if folder is not None]
     recipe = _recipe(job.model, folders)

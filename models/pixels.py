@@ -55,7 +55,9 @@ def decoded(
     except ImportError as error:
         raise ImportError(f'sdq decode needs pip install "sdq[pixels]" ({error})') from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=torch.float32)
+    model = getattr(diffusers, class_name).from_pretrained(
+        folder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
     model = model.to(device).eval()
     if tiling:
         model.enable_tiling()
