@@ -74,6 +74,7 @@ def encode(
     folder: str | os.PathLike,
     *,
     negative: str = "",
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Embeddings:
     """What a model reads of prompts, and of a text that guidance leads away from.
 
@@ -82,23 +83,27 @@ def encode(
       prompts: any number but none.
       folder: holds the encoders and tokenizers (PLACES).
       negative: text for those models that have one.
+      on_note: called with what is not read of a text that is too long.
     Raises:
       FileNotFoundError: an encoder or its tokenizer is not there.
-      ValueError: an unknown model, no prompt, numbers that are not finite.
+      ValueError: an unknown model, no prompt, a negative one for a model that reads none, numbers
+        that are not finite.
       ImportError: the extra is not installed.
     """
     text = published(model).text
     if not prompts:
         raise ValueError("prompt: none given")
+    guided = text in HAVE_NEGATIVE
+    if negative and not guided:
+        raise ValueError(f"negative: {model} reads none; its guidance is a number that it is told")
     folder = pathlib.Path(folder)
     places = [(encoder, *_place(folder, encoder)) for encoder in ENCODERS[text]]
     _import_extra()
-    guided = text in HAVE_NEGATIVE
     texts = [*prompts, *([negative] if guided else [])]
     arrays: dict[str, list[np.ndarray]] = {}
     with step_bar("encode", len(places) * len(texts)) as one_done:
         for encoder, network, tokenizer in places:
-            for row in _rows(encoder, network, tokenizer, _said(text, prompts, texts)):
+            for row in _rows(encoder, network, tokenizer, _said(text, prompts, texts), on_note):
                 for name, value in row.items():
                     arrays.setdefault(name, []).append(value)
                 one_done(None)
@@ -123,7 +128,11 @@ def _said(text: str, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def _rows(
-    encoder: Encoder, network: pathlib.Path, tokenizer: pathlib.Path, texts: Sequence[str]
+    encoder: Encoder,
+    network: pathlib.Path,
+    tokenizer: pathlib.Path,
+    texts: Sequence[str],
+    on_note: Callable[[str], None],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Arrays `[1, ...]` of each text."""
     import torch
@@ -134,10 +143,14 @@ def _rows(
     cls = getattr(transformers, encoder.class_name)
     # In the numbers that are stored: large encoders are published in 16 bits.
     run = cls.from_pretrained(network, dtype="auto").to(device).eval()
+    most = encoder.prefix + encoder.tokens
     for text in texts:
+        prepared = encoder.prepare(text)
+        if (wanted := len(tokenize(prepared, verbose=False).input_ids)) > most:
+            on_note(f"{encoder.name}: reads {most} of {wanted} tokens of {text[:40]!r}...")
         tokens = tokenize(
-            encoder.prepare(text),
-            max_length=encoder.prefix + encoder.tokens,
+            prepared,
+            max_length=most,
             padding="max_length",
             truncation=True,
             return_attention_mask=True,

@@ -270,10 +270,16 @@ def _size(text: str) -> tuple[int, int, int]:
     return width, height, frames
 
 
+def _note(note: str) -> None:
+    print(note, file=sys.stderr)
+
+
 def _encode(args: argparse.Namespace) -> int:
     from models import embeddings, text_encoders
 
-    found = text_encoders.encode(args.model, args.prompt, args.encoders, negative=args.negative)
+    found = text_encoders.encode(
+        args.model, args.prompt, args.encoders, negative=args.negative, on_note=_note
+    )
     embeddings.save(found, args.out)
     print(args.out)
     return 0
@@ -318,7 +324,7 @@ def _sample_published(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     try:
-        written = generate.run(job, on_note=lambda note: print(note, file=sys.stderr))
+        written = generate.run(job, on_note=_note)
     except KeyboardInterrupt:
         print("sdq sample: interrupted; the same command goes on", file=sys.stderr)
         return 130

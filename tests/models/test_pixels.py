@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models import latents
+from models.common.tensor_files import save_tensors
 from models.pixels import _as_encoded
 from sdq.cli import main
 
@@ -55,7 +56,7 @@ def test_a_missing_extra_is_named(source, tmp_path, capsys, monkeypatch):
 def test_mistakes_are_one_line(source, tmp_path, capsys, monkeypatch, change, message):
     vae(tmp_path / "wan")
     vae(tmp_path / "hunyuan", "AutoencoderKLHunyuanVideo")
-    latents.save_tensors({"text": np.zeros(1)}, tmp_path / "texts.safetensors")
+    save_tensors({"text": np.zeros(1)}, tmp_path / "texts.safetensors")
     monkeypatch.chdir(tmp_path)
     asked = {"latents": str(source), "--vae": "wan", "--out": "x.webp"} | change
     file = asked.pop("latents")

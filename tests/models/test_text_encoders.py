@@ -61,3 +61,5 @@ def test_models_that_read_more_than_text(tmp_path, capsys):
     assert "makes videos of an image" in capsys.readouterr().err
     with pytest.raises(ValueError, match="prompt: none given"):
         encode("hunyuanvideo", [], tmp_path)
+    with pytest.raises(ValueError, match="negative: hunyuanvideo reads none"):
+        encode("hunyuanvideo", ["a fox"], tmp_path, negative="blurry")

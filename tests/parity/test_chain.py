@@ -14,7 +14,7 @@ import pytest
 
 from models import embeddings, generate, jobs, latents, pixels
 from models.published import PUBLISHED
-from models.text_encoders import encode
+from models.text_encoders import ENCODERS, HAVE_NEGATIVE, encode
 from scripts._mmdit_goldens import diffusers_mmdit, packed, unpacked
 from scripts.make_goldens import diffusers_wan
 from sdq.cli import main
@@ -59,9 +59,14 @@ def chain(request, tmp_path_factory):
             what = [how, str(source), "--model", f"tiny-{name}", "--out", str(folder / how)]
             assert main([*what, "--json"]) == 0
         embeddings.save(
-            encode(f"tiny-{name}", PROMPTS, folder, negative=NEGATIVE), folder / "texts.safetensors"
+            encode(f"tiny-{name}", PROMPTS, folder, negative=negative_of(name)),
+            folder / "texts.safetensors",
         )
     return name, folder
+
+
+def negative_of(name):
+    return NEGATIVE if name in HAVE_NEGATIVE else ""
 
 
 def test_from_prompt_to_video_file(chain, tmp_path):
@@ -70,7 +75,7 @@ def test_from_prompt_to_video_file(chain, tmp_path):
     model = ["--model", f"tiny-{name}"]
     texts, out, video = tmp_path / "texts.safetensors", tmp_path / "out", tmp_path / "video.mp4"
     encoding = ["encode", *model, "--encoders", str(folder), "--out", str(texts)]
-    assert main([*encoding, "--prompt", PROMPTS[0], "--negative", NEGATIVE]) == 0
+    assert main([*encoding, "--prompt", PROMPTS[0], "--negative", negative_of(name)]) == 0
     sampling = ["sample", *model, "--checkpoint", str(folder / "quantize"), "--steps", "2"]
     sampling += ["--embeddings", str(texts), "--size", "32x16x9", "--out", str(out)]
     assert main(sampling) == 0
@@ -78,6 +83,14 @@ def test_from_prompt_to_video_file(chain, tmp_path):
     assert main(["decode", str(file), "--vae", str(folder), "--out", str(video)]) == 0
     frames = frames_of(video)
     assert frames.shape == (9, 16, 32, 3) and frames.std() > 5
+
+
+def test_what_is_not_read_is_told(chain):
+    name, folder = chain
+    notes = []
+    encode(f"tiny-{name}", ["fox " * 600], folder, on_note=notes.append)
+    assert [note.split(":")[0] for note in notes] == [one.name for one in ENCODERS[name]]
+    assert all(" tokens of 'fox fox" in note for note in notes)
 
 
 def frames_of(video):
