@@ -53,14 +53,13 @@ def run(job: Job, on_note: Callable[[str], None] = lambda note: None) -> list[pa
     if not wanted:
         return files
     # Read before the weights, which may take minutes.
-    begun = latents.load_unfinished(facts[wanted[0]], job.out / UNFINISHED)
+    begun = latents.load_unfinished(facts, job.out / UNFINISHED)
     ops, params, products = _loaded(plan)
     on_note(f"{job.model}, {plan.recipe}; products: {products}")
     model = family_of(job.model).model(plan.config, ops, job.dtype)
 
     for n in wanted:
-        between, done = begun or (begin(_noise(job, plan, n)), 0)
-        begun = None
+        between, done = begun.get(n) or (begin(_noise(job, plan, n)), 0)
         condition = _inputs({name: x[n : n + 1] for name, x in texts.arrays.items()}, plan)
         negative = _inputs(texts.negative, plan) if texts.negative else None
         between = _sampled(

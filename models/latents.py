@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,23 +49,26 @@ def save_unfinished(
     save_tensors(parts, path, {"facts": json.dumps(facts), "done": str(done)})
 
 
-def load_unfinished(facts: dict[str, Any], path: pathlib.Path) -> tuple[Integration, int] | None:
-    """What `save_unfinished` wrote of the same sampling, if it did.
+def load_unfinished(
+    facts: Sequence[dict[str, Any]], path: pathlib.Path
+) -> dict[int, tuple[Integration, int]]:
+    """What `save_unfinished` wrote, by which of these samplings it was of; empty if nothing.
 
     Raises:
-      ValueError: it wrote of another one.
+      ValueError: it was of another one.
     """
     if not path.exists():
-        return None
+        return {}
     tensors = open_tensors(path)
     try:
         was, done = json.loads(tensors.metadata["facts"]), int(tensors.metadata["done"])
         parts = {name: jnp.asarray(tensors[name]) for name in _PARTS}
     except KeyError:
         raise ValueError(f"{path}: not what `sdq sample` leaves when it is interrupted") from None
-    if was != facts:
-        raise ValueError(f"{path}: {difference(was, facts)}; remove it, or give another folder")
-    return Integration(**parts, state=()), done
+    if was not in facts:
+        wanted = facts[min(was["number"], len(facts) - 1)]
+        raise ValueError(f"{path}: {difference(was, wanted)}; remove it, or give another folder")
+    return {facts.index(was): (Integration(**parts, state=()), done)}
 
 
 def difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:

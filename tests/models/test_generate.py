@@ -171,6 +171,28 @@ def test_interrupted_it_goes_on_to_the_same_bits(folder, tmp_path, capsys, monke
     assert main(command(folder, "wan", out)) == 0 and not calls
 
 
+def test_what_is_left_of_another_sampling_is_not_gone_on_with(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(latents, "save", stop)  # after the last step of the first prompt
+        during.setattr(generate, "SAVE_EVERY", 0.0)
+        assert main(command(folder, "wan", tmp_path)) == 130
+    assert [file.name for file in tmp_path.iterdir()] == [generate.UNFINISHED]
+    assert main(command(folder, "wan", tmp_path, "--steps", "4")) == 2
+    assert "of another sampling: steps was 3, now 4; remove it" in capsys.readouterr().err
+    left = (tmp_path / generate.UNFINISHED).read_bytes()
+    assert main(command(folder, "wan", tmp_path)) == 0
+    # Killed between writing latents and removing this:
+    (tmp_path / generate.UNFINISHED).write_bytes(left)
+    (tmp_path / "2.safetensors").unlink()
+    assert main(command(folder, "wan", tmp_path)) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_saved_while_it_runs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "SAVE_EVERY", 0.0)
     saved, original = [], latents.save_unfinished
