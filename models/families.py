@@ -6,12 +6,16 @@ from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
+from flax import linen as nn
+
 import models.mmdit.params
 import models.mmdit.sites
 import models.wan.params
 import models.wan.sites
 from models.mmdit.config import SIZES as MMDIT_SIZES
+from models.mmdit.modeling import MMDiT
 from models.wan.config import SIZES as WAN_SIZES
+from models.wan.modeling import Wan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +24,30 @@ class Family:
 
     Attributes:
       sizes: a config for each, by name.
+      model: the network; `model(config, ops, dtype)` maps x, t, text and more to the velocity.
       params: how its checkpoints are read: `layout_of`, `sources`, `abstract_params`, IGNORED.
       sites: where inputs are quantised, and which kernels read them there.
     """
 
     sizes: Mapping[str, Any]
+    model: type[nn.Module]
     params: ModuleType
     sites: Mapping[str, Collection[str]]
 
 
 FAMILIES = (
-    Family(sizes=WAN_SIZES, params=models.wan.params, sites=models.wan.sites.SITES),
-    Family(sizes=MMDIT_SIZES, params=models.mmdit.params, sites=models.mmdit.sites.SITES),
+    Family(
+        sizes=WAN_SIZES,
+        model=Wan,
+        params=models.wan.params,
+        sites=models.wan.sites.SITES,
+    ),
+    Family(
+        sizes=MMDIT_SIZES,
+        model=MMDiT,
+        params=models.mmdit.params,
+        sites=models.mmdit.sites.SITES,
+    ),
 )
 
 

@@ -5,7 +5,6 @@ from pallas_kernels.attention import quantized_attention
 from pallas_kernels.deferred import Activated, Deferred, Normed, computed
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
-from pallas_kernels.mosaic_gpu.tables import misfit as untileable
 from pallas_kernels.projected import Projected, joined, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -31,6 +30,5 @@ __all__ = [
     "quantized_matmul",
     "supports",
     "tile_weight",
-    "untileable",
     "which",
 ]

@@ -152,10 +152,10 @@ def diffusers_mmdit_output(case: MMDiTCase) -> np.ndarray:
             )
             return out.movedim(1, -1).numpy()
         videos = [inputs[name].numpy() for name in ("x", "cond") if name in inputs]
-        packed = np.concatenate([_packed(video, config.patch) for video in videos], axis=-1)
+        tokens = np.concatenate([packed(video, config.patch) for video in videos], axis=-1)
         grid = np.indices(config.grid(VIDEO_SIZE)).reshape(3, -1).T.copy()
         (out,) = model(
-            hidden_states=torch.from_numpy(packed),
+            hidden_states=torch.from_numpy(tokens),
             timestep=inputs["t"] / 1000,
             guidance=inputs.get("guidance"),
             img_ids=torch.from_numpy(grid),
@@ -163,7 +163,7 @@ def diffusers_mmdit_output(case: MMDiTCase) -> np.ndarray:
             return_dict=False,
             **text,
         )
-    return _unpacked(out.numpy(), config)
+    return unpacked(out.numpy(), config)
 
 
 def original_names(case: MMDiTCase) -> dict[str, list[str]]:
@@ -210,7 +210,7 @@ def mmdit_golden(case: MMDiTCase) -> dict[str, Any]:
     }
 
 
-def _packed(video: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
+def packed(video: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
     """`[B, T, H, W, C]` -> tokens `[B, S, C * ph * pw]`, as FLUX's pipelines do."""
     batch, t, h, w, channels = video.shape
     _, ph, pw = patch
@@ -218,8 +218,11 @@ def _packed(video: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
     return video.transpose(0, 1, 2, 4, 6, 3, 5).reshape(batch, -1, channels * ph * pw)
 
 
-def _unpacked(tokens: np.ndarray, config: MMDiTConfig) -> np.ndarray:
-    t, h, w = VIDEO_SIZE
+def unpacked(
+    tokens: np.ndarray, config: MMDiTConfig, size: tuple[int, int, int] = VIDEO_SIZE
+) -> np.ndarray:
+    """The inverse for the channels of the output; `size` is (T, H, W)."""
+    t, h, w = size
     _, ph, pw = config.patch
     video = tokens.reshape(len(tokens), t, h // ph, w // pw, config.out_channels, ph, pw)
     return video.transpose(0, 1, 2, 5, 3, 6, 4).reshape(len(tokens), t, h, w, -1)

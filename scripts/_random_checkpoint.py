@@ -82,9 +82,7 @@ def shapes_of(model: str, layout: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _stored(
-    parts: list[tuple[Source, tuple[int, ...]]], patch: tuple[int, ...]
-) -> tuple[int, ...]:
+def _stored(parts: list[tuple[Source, tuple[int, ...]]], patch: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of which every part's layout makes its leaf."""
     first, outputs = parts[0][1], sum(shape[-1] for _, shape in parts)
     candidates = [(outputs, *first[:-1]), (outputs,), first, (1, *first), (outputs, *patch)]

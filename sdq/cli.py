@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"sdq {args.command}: {error}", file=sys.stderr)
         return 2
 
@@ -111,30 +111,92 @@ def parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    encode = commands.add_parser(
+        "encode",
+        help="prompts to the embeddings that a published model reads",
+        description="Run the text encoders of a published model and write what they say of "
+        'prompts as one safetensors file. Needs pip install "sdq[encode]"; downloads nothing.',
+    )
+    encode.add_argument("--model", required=True, help="which; a wrong name lists all")
+    encode.add_argument(
+        "--encoders",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="folder that holds text_encoder, tokenizer, ... as diffusers' pipelines do",
+    )
+    encode.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    encode.add_argument(
+        "--negative", default="", metavar="TEXT", help="that guidance leads away from"
+    )
+    encode.add_argument("--out", type=pathlib.Path, required=True, help="safetensors file")
+    encode.set_defaults(run=_encode)
+
     sample = commands.add_parser(
         "sample",
         help="sample videos with a quantised model",
-        description="Sample videos with a quantised model; writes an animation and a strip of "
-        "frames for each prompt.",
+        description="Sample videos with a quantised model. The bundled one, shapes, writes an "
+        "animation and a strip of frames for each prompt; a published one writes latents for each "
+        "prompt of --embeddings, and goes on where it was if it is interrupted.",
     )
     _add_model_options(sample)
-    sample.add_argument(
-        "--prompt", action="append", required=True, help="a caption; may be given several times"
-    )
     sample.add_argument("--out", type=pathlib.Path, required=True, help="folder for the files")
-    sample.add_argument(
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    shapes = sample.add_argument_group("the bundled model")
+    shapes.add_argument("--prompt", action="append", help="a caption; may be given several times")
+    shapes.add_argument(
         "--compare",
         choices=["bf16"],
         help="also sample this reference from the same noise and write report.html",
     )
-    sample.add_argument(
+    shapes.add_argument(
         "--video",
         choices=["webp", "gif", "mp4"],
-        default="webp",
         help='mp4 needs pip install "sdq[video]" (default: webp)',
     )
-    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    large = sample.add_argument_group(
+        "published models", "their own defaults stand for what is left out"
+    )
+    large.add_argument(
+        "--embeddings", type=pathlib.Path, metavar="FILE", help="that sdq encode wrote"
+    )
+    large.add_argument(
+        "--size", type=_size, metavar="WIDTHxHEIGHTxFRAMES", help="of the videos, in pixels"
+    )
+    large.add_argument("--shift", type=float, help="above 1: more steps where there is more noise")
+    large.add_argument(
+        "--low-noise",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="of two networks the other one's checkpoint; --checkpoint is that for much noise",
+    )
+    large.add_argument("--guidance-low", type=float, metavar="G", help="and its guidance")
     sample.set_defaults(run=_sample)
+
+    decode = commands.add_parser(
+        "decode",
+        help="latents of a published model to a video file",
+        description="Run the VAE of a published model on latents that sdq sample wrote. Needs "
+        'pip install "sdq[pixels]"; downloads nothing.',
+    )
+    decode.add_argument("latents", type=pathlib.Path, metavar="LATENTS", help="safetensors file")
+    decode.add_argument(
+        "--vae",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="of diffusers' VAE, or of the pipeline that holds it",
+    )
+    decode.add_argument(
+        "--out", type=pathlib.Path, required=True, metavar="FILE", help=".mp4, .webp or .gif"
+    )
+    decode.add_argument("--fps", type=float, help="frames a second (default: the model's)")
+    decode.add_argument(
+        "--tiling", action="store_true", help="tile after tile: less memory, slightly other pixels"
+    )
+    decode.set_defaults(run=_decode)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -183,8 +245,9 @@ def _add_model_options(command: argparse.ArgumentParser, recipe: str = "plain") 
     command.add_argument(
         "--checkpoint",
         type=pathlib.Path,
-        metavar="FILE",
-        help="weights that scripts.train_shapes wrote (default: the bundled ones)",
+        metavar="PATH",
+        help="weights that scripts.train_shapes wrote (default: the bundled ones); of a published "
+        "model, the folder of sdq quantize or convert",
     )
     command.add_argument("--recipe", metavar="NAME", help=f"see `sdq recipes` (default: {recipe})")
     for option, what in (("--weights", "the blocks' kernels"), ("--acts", "their inputs")):
@@ -192,16 +255,16 @@ def _add_model_options(command: argparse.ArgumentParser, recipe: str = "plain") 
             option, metavar="FORMAT", help=f'instead of a recipe: format of {what}, or "bf16"'
         )
     command.set_defaults(default_recipe=recipe)
-    command.add_argument("--steps", type=int, default=24, help="(default: 24)")
-    command.add_argument("--solver", default="unipc", help="unipc or euler (default: unipc)")
-    command.add_argument("--guidance", type=float, default=2.0, help="(default: 2)")
+    command.add_argument("--steps", type=int, help="(default of shapes: 24)")
+    command.add_argument("--solver", help="unipc or euler (default of shapes: unipc)")
+    command.add_argument("--guidance", type=float, help="(default of shapes: 2)")
 
 
 def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
     """The Recipe and the Settings that `_add_model_options` asked for."""
     models.check_name(args.model)
     from models.common import recipes
-    from models.shapes.generate import SAMPLER, Settings
+    from models.shapes.generate import GUIDANCE, SAMPLER, Settings
 
     formats_given = [name for name in (args.weights, args.acts) if name is not None]
     if formats_given and args.recipe is not None:
@@ -210,11 +273,101 @@ def _model_options(args: argparse.Namespace) -> tuple[Any, Any]:
     if formats_given:
         plain = recipe.weight_formats, recipe.input_formats
         recipe = recipes.rounding(args.weights or plain[0], args.acts or plain[1])
-    sampler = dataclasses.replace(SAMPLER, steps=args.steps, solver=args.solver)
-    return recipe, Settings(sampler=sampler, guidance=args.guidance)
+    steps = SAMPLER.steps if args.steps is None else args.steps
+    sampler = dataclasses.replace(SAMPLER, steps=steps, solver=args.solver or SAMPLER.solver)
+    return recipe, Settings(
+        sampler=sampler, guidance=GUIDANCE if args.guidance is None else args.guidance
+    )
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Options that would be ignored are mistakes."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: {why}")
+
+
+def _require(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Options that another one makes necessary."""
+    if missing := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]:
+        raise ValueError(f"--model {args.model} needs {', '.join(missing)}")
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    """832x480x81."""
+    try:
+        width, height, frames = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHTxFRAMES, got {text!r}") from None
+    return width, height, frames
+
+
+def _note(note: str) -> None:
+    print(note, file=sys.stderr)
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from models import embeddings, text_encoders
+
+    found = text_encoders.encode(
+        args.model, args.prompt, args.encoders, negative=args.negative, on_note=_note
+    )
+    embeddings.save(found, args.out)
+    print(args.out)
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from models import pixels
+
+    print(pixels.decode(args.latents, args.vae, args.out, fps=args.fps, tiling=args.tiling))
+    return 0
+
+
+_OF_SHAPES = ("prompt", "compare", "video", "recipe", "weights", "acts")
+_OF_PUBLISHED = ("embeddings", "size", "shift", "low_noise", "guidance_low")
 
 
 def _sample(args: argparse.Namespace) -> int:
+    return _sample_shapes(args) if args.model in models.SAMPLED else _sample_published(args)
+
+
+def _sample_published(args: argparse.Namespace) -> int:
+    from models import families, generate, jobs
+    from models.published import published
+
+    models.check_name(args.model, families.names())
+    published(args.model)
+    why = "of the bundled model; the text of a published one is in --embeddings, how it is "
+    _refuse(args, _OF_SHAPES, why + "quantised in --checkpoint")
+    _require(args, ("checkpoint", "embeddings", "size"))
+    job = jobs.Job(
+        model=args.model,
+        checkpoint=args.checkpoint,
+        embeddings=args.embeddings,
+        size=args.size,
+        out=args.out,
+        low_noise=args.low_noise,
+        steps=args.steps,
+        shift=args.shift,
+        solver=args.solver,
+        guidance=args.guidance,
+        guidance_low=args.guidance_low,
+        seed=args.seed,
+    )
+    try:
+        written = generate.run(job, on_note=_note)
+    except KeyboardInterrupt:
+        print("sdq sample: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for path in written:
+        print(path)
+    return 0
+
+
+def _sample_shapes(args: argparse.Namespace) -> int:
+    _refuse(args, _OF_PUBLISHED, "of published models; shapes reads prompts and has one size")
+    _require(args, ("prompt",))
     recipe, settings = _model_options(args)
     from models.shapes import job
     from models.shapes.params import WEIGHTS
@@ -226,7 +379,7 @@ def _sample(args: argparse.Namespace) -> int:
             settings=settings,
             out=args.out,
             compare=args.compare is not None,
-            suffix=f".{args.video}",
+            suffix=f".{args.video or 'webp'}",
             seed=args.seed,
             checkpoint=args.checkpoint or WEIGHTS,
             command=shlex.join(["sdq", *sys.argv[1:]]),

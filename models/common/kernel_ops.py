@@ -6,6 +6,7 @@ Nothing is chosen in silence: what no kernel can do is an error that says why.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,19 +14,21 @@ import jax
 from models.common import layers
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
+from models.common.recipes import KERNELS
 from models.common.semantic import SemanticDialect
 from pallas_kernels import (
     MODES,
     Deferred,
     Fp8Rows,
     TiledWeight,
+    device,
     quantize_rows,
     quantized_matmul,
     tile_weight,
-    untileable,
 )
-from sdq import QTensor
-from sdq.rules import is_qtensor
+from pallas_kernels.mosaic_gpu import operands, tables
+from sdq import QTensor, formats
+from sdq.rules import is_qtensor, path_of
 
 
 def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
@@ -46,6 +49,28 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
         if rule.rule not in (None, "two_stage"):
             raise ValueError(f"select: kernels choose in two stages, not by {rule.rule!r}")
     return dataclasses.replace(ops, quantizer=dataclasses.replace(quantizer, rounding=rounding))
+
+
+def without_kernels(ops: Ops, params: Any) -> str | None:
+    """Why kernels cannot compute with these parameters here; None if they can."""
+    if reason := device.without_mosaic_gpu():
+        return reason
+    rules = ops.quantizer.rules if isinstance(ops.quantizer, InputQuantizer) else ()
+    for rule in rules:
+        if rule.format is not None and formats.parse(rule.format).family != "dialect":
+            return f"inputs in {rule.format}: only dialect formats have fp8 numbers"
+        if rule.rule not in (None, "two_stage"):
+            return f"inputs chosen by {rule.rule}: kernels choose in two stages"
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
+        # Others read inputs in bf16, as they read other formats.
+        is_in_block = re.fullmatch(KERNELS, path_of(keys))
+        if not (is_in_block and is_qtensor(leaf)):
+            continue
+        if reason := tables.misfit(leaf.format):
+            return f"weights in {reason}"
+        if leaf.shape[-2] % operands.STEP:
+            return f"weights of {leaf.shape[-2]} channels: not a multiple of {operands.STEP}"
+    return None
 
 
 def rounding(
@@ -98,7 +123,7 @@ def tile_kernels(params: Any) -> Any:
     """
 
     def tiled(leaf: Any) -> Any:
-        if not is_qtensor(leaf) or untileable(leaf.format):
+        if not is_qtensor(leaf) or tables.misfit(leaf.format):
             return leaf
         tile = tile_weight
         for _ in range(leaf.ndim - 2):

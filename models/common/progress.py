@@ -1,4 +1,4 @@
-"""A progress bar over steps that run inside a jitted scan."""
+"""A progress bar over steps, also of those that run inside a jitted scan."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,8 +12,10 @@ _open: list[Callable[[], None]] = []  # what advances each open bar, the innermo
 
 
 @contextlib.contextmanager
-def step_bar(name: str, total: int) -> Iterator[Callable[[Any], None]]:
+def step_bar(name: str, total: int, done: int = 0) -> Iterator[Callable[[Any], None]]:
     """Draw a bar on stderr; yields a callback for `on_step`, to be called once a step.
+
+    What was `done` before counts as such, but not for the time left.
 
     It is the same callback in every bar: to `jit` another one would be another program.
     """
@@ -25,7 +27,7 @@ def step_bar(name: str, total: int) -> Iterator[Callable[[Any], None]]:
         console=rich.console.Console(stderr=True),
     )
     with bar:
-        task = bar.add_task(name, total=total)
+        task = bar.add_task(name, total=total, completed=done)
         _open.append(lambda: bar.advance(task))
         try:
             yield _step_done

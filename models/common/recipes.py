@@ -229,6 +229,13 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         rounding(_SDQ, _SDQ, name="plain", summary="mixed formats, rounded once, nothing else"),
+        rounding(
+            _SDQ,
+            _SDQ,
+            name="plain_full_path",
+            summary="plain; attention multiplies fp8 numbers",
+            attention=FullPath(),
+        ),
         _SEMANTIC,
         dataclasses.replace(
             _SEMANTIC,

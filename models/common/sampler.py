@@ -1,7 +1,8 @@
-"""Flow-matching sampling as one `lax.scan`: x_t = (1 - sigma) x0 + sigma noise, v = noise - x0.
+"""Flow-matching sampling: x_t = (1 - sigma) x0 + sigma noise, v = noise - x0.
 
-Everything is pure: the velocity is a function, whatever it remembers between steps is a pytree that
-the scan threads through, randomness comes from a key.
+`sample` is one `lax.scan`; `begin` and `advance` do the same a step a call, for whoever wants to
+look, stop or save between steps. Everything is pure: the velocity is a function, whatever it
+remembers between steps is a pytree that is threaded through, randomness comes from a key.
 """
 
 import dataclasses
@@ -50,6 +51,44 @@ class Trajectory(NamedTuple):
 
     x: jax.Array
     v: jax.Array
+
+
+class Step(NamedTuple):
+    """Numbers of one step; of all steps, `[steps]` each, from `steps_of`.
+
+    With x0 from the network, x0_old and x0_older from the steps before, the corrected x is
+    keep corrected_before + old x0_old + older x0_older + new x0 + x x, and the next x is
+    ahead_x corrected + ahead_x0 x0 + ahead_old x0_old.
+    """
+
+    number: Any
+    sigma: Any
+    keep: Any
+    old: Any
+    older: Any
+    new: Any
+    x: Any
+    ahead_x: Any
+    ahead_x0: Any
+    ahead_old: Any
+
+
+class Integration(NamedTuple):
+    """Where an integration stands between two steps.
+
+    Attributes:
+      x: what the next step begins with; after the last one, the data.
+      corrected: x of the step before, as it is known by now.
+      x0: what the step before said the data are.
+      x0_old: what the one before that said.
+      state: what the velocity remembers.
+    """
+
+    x: jax.Array
+    corrected: jax.Array
+    x0: jax.Array
+    x0_old: jax.Array
+    state: Any
 
 
 def sigmas(sampler: Sampler) -> np.ndarray:
@@ -104,33 +143,43 @@ def sample(
     Returns:
       (x0 float32, state), and a Trajectory on request.
     """
-    steps = _steps(sampler)
 
-    def one(carry, step: _Step):
-        x, corrected, x0_before, state = carry
-        v, state = velocity(x, step.sigma, step.number, state)
-        x0 = x - step.sigma * v
-        here = step.keep * corrected + step.old * x0_before[0] + step.older * x0_before[1]
-        here = here + step.new * x0 + step.x * x
-        ahead = step.ahead_x * here + step.ahead_x0 * x0 + step.ahead_old * x0_before[0]
+    def one(before: Integration, step: Step):
+        after, v = advance(velocity, before, step)
         if on_step is not None:
             # An element of the result makes the call wait for it.
-            corner = ahead[(0,) * ahead.ndim]
+            corner = after.x[(0,) * after.x.ndim]
             jax.debug.callback(lambda number, _: on_step(number), step.number, corner)
-        return (ahead, here, (x0, x0_before[0]), state), Trajectory(x, v) if trajectory else None
+        return after, Trajectory(before.x, v) if trajectory else None
 
+    last, seen = jax.lax.scan(one, begin(x, state), steps_of(sampler))
+    return (last.x, last.state, seen) if trajectory else (last.x, last.state)
+
+
+def begin(x: jax.Array, state: Any = ()) -> Integration:
+    """An integration before its first step, from noise x."""
     x = x.astype(jnp.float32)
     nothing = jnp.zeros_like(x)
-    carry = (x, nothing, (nothing, nothing), state)
-    (x0, _, _, state), seen = jax.lax.scan(one, carry, steps)
-    return (x0, state, seen) if trajectory else (x0, state)
+    return Integration(x=x, corrected=nothing, x0=nothing, x0_old=nothing, state=state)
+
+
+def advance(velocity: Velocity, before: Integration, step: Step) -> tuple[Integration, jax.Array]:
+    """One step further, and the velocity there; traceable."""
+    x = before.x
+    v, state = velocity(x, step.sigma, step.number, before.state)
+    x0 = x - step.sigma * v
+    here = step.keep * before.corrected + step.old * before.x0 + step.older * before.x0_old
+    here = here + step.new * x0 + step.x * x
+    ahead = step.ahead_x * here + step.ahead_x0 * x0 + step.ahead_old * before.x0
+    after = Integration(x=ahead, corrected=here, x0=x0, x0_old=before.x0, state=state)
+    return after, v
 
 
 def guided(
     model: Callable[..., tuple[jax.Array, Any]],
     conditional: Any,
     unconditional: Any,
-    scale: float,
+    scale: float | jax.Array,
 ) -> Velocity:
     """Classifier-free guidance, both halves in one batch: u + scale (c - u).
 
@@ -138,9 +187,9 @@ def guided(
       model: `(x, sigma, step, state, condition) -> (v, state)`.
       conditional: pytree of arrays `[B, ...]`.
       unconditional: the same shapes, without the prompt.
-      scale: 1 evaluates the conditional half alone.
+      scale: the number 1 evaluates the conditional half alone.
     """
-    if scale == 1:
+    if isinstance(scale, int | float) and scale == 1:
         return lambda x, sigma, step, state: model(x, sigma, step, state, conditional)
     both = jax.tree.map(lambda *pair: jnp.concatenate(pair), conditional, unconditional)
 
@@ -169,28 +218,8 @@ def velocity_from_x0(x: jax.Array, x0: jax.Array, sigma: jax.Array, floor: float
     return (x - x0) / jnp.maximum(sigma, floor)
 
 
-class _Step(NamedTuple):
-    """One step of the scan, a number each (`[steps]` before the scan).
-
-    With x0 from the network, x0_old and x0_older from the steps before, the corrected x is
-    keep corrected_before + old x0_old + older x0_older + new x0 + x x, and the next x is
-    ahead_x corrected + ahead_x0 x0 + ahead_old x0_old.
-    """
-
-    number: Any
-    sigma: Any
-    keep: Any
-    old: Any
-    older: Any
-    new: Any
-    x: Any
-    ahead_x: Any
-    ahead_x0: Any
-    ahead_old: Any
-
-
-def _steps(sampler: Sampler) -> _Step:
-    """All coefficients, computed in float64."""
+def steps_of(sampler: Sampler) -> Step:
+    """The numbers of all steps: float32, computed in float64."""
     levels = sigmas(sampler)
     rows = []
     for n in range(sampler.steps):
@@ -203,7 +232,7 @@ def _steps(sampler: Sampler) -> _Step:
                 ahead = _second_order(levels, n)
         rows.append((levels[n], *correct, *ahead))
     columns = np.array(rows, np.float32).T
-    return _Step(np.arange(sampler.steps, dtype=np.int32), *columns)
+    return Step(np.arange(sampler.steps, dtype=np.int32), *columns)
 
 
 def _levels(sampler: Sampler) -> np.ndarray:

@@ -25,6 +25,7 @@ from models.shapes.world import VIDEO
 
 PLAIN_OPS = Ops()
 SAMPLER = Sampler(steps=24, shift=3.0, solver="unipc")
+GUIDANCE = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Settings:
     """
 
     sampler: Sampler = SAMPLER
-    guidance: float = 2.0
+    guidance: float = GUIDANCE
     ops: Ops = PLAIN_OPS
     dtype: Any = jnp.bfloat16
 

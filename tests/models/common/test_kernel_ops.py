@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.kernel_ops import Products, on_kernels, tile_kernels
+from models.common.kernel_ops import Products, on_kernels, tile_kernels, without_kernels
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import Decomposition, SemanticDialect, Sharing
 from models.wan.modeling import Wan
 from models.wan.sites import video_inputs
 from pallas_kernels import Fp8Rows, TiledWeight
-from sdq import Rule, quantize_params, resolve
+from sdq import Rule, quantize, quantize_params, resolve
 from tests.models.wan.test_modeling import TINY, inputs, random_params
 
 RULES = (SiteRule(r"blocks/.*", "sdq32:16"),)
@@ -69,6 +69,8 @@ def test_kernels_are_reordered_once(quantised):
     one = jax.tree.map(lambda part: part[1], after)
     assert one.shape == before.shape[1:] and one.words.ndim == 2
     assert tiled["blocks"]["ffn"]["up"]["bias"] is quantised["blocks"]["ffn"]["up"]["bias"]
+    embedder = quantize(jnp.ones((64, 32)), "int8", axis=0)
+    assert tile_kernels({"kernel": embedder})["kernel"] is embedder
 
 
 def test_inputs_in_bf16_take_the_kernel_too(quantised):
@@ -110,3 +112,25 @@ def test_what_no_kernel_does_says_so(quantised):
     ops = on_kernels(Ops(quantizer=InputQuantizer((SiteRule("blocks/.*", "int8"),))))
     with pytest.raises(ValueError, match="int8 numbers are not fp8 numbers"):
         run(quantised, ops.quantizer, ops, steps=1)
+
+
+def test_why_there_are_no_kernels(quantised, monkeypatch):
+    ops = Ops(quantizer=PLAIN)
+    assert "needs" in without_kernels(ops, quantised)  # jax 0.11 or a Hopper GPU
+
+    def in_block(fmt, width=64):
+        made = quantize(jnp.ones((width, 32)), fmt, axis=0)
+        embedder = quantize(jnp.ones((48, 32)), "int8", axis=0)
+        return {"blocks": {"up": {"kernel": made}}, "time_in": {"kernel": embedder}}
+
+    monkeypatch.setattr("pallas_kernels.device.without_mosaic_gpu", lambda: None)
+    params = in_block("sdq32:16")
+    assert without_kernels(ops, params) is None
+    lut = dataclasses.replace(PLAIN, rules=(SiteRule("blocks/.*", "sdq32:16", "lut"),))
+    assert "inputs chosen by lut" in without_kernels(Ops(quantizer=lut), params)
+    int8 = InputQuantizer((SiteRule("blocks/.*", "int8"),))
+    assert "inputs in int8" in without_kernels(Ops(quantizer=int8), params)
+    params = in_block("nf4:64")
+    assert "weights in nf4:64: only dialect formats" in without_kernels(ops, params)
+    params = in_block("sdq32:16", 48)
+    assert "weights of 48 channels: not a multiple of 32" in without_kernels(ops, params)

@@ -83,4 +83,4 @@ def test_the_command_lists_them(capsys):
     assert cli.main(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [recipe["name"] for recipe in listed] == list(RECIPES)
-    assert listed[1]["sharing"]["alike"] == "text"
+    assert listed[2]["sharing"]["alike"] == "text"
