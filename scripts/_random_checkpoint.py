@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from sdq.rules import path_of
 from sdq.tensor_files import TensorFiles
 from sdq.tensor_writer import write_tensors
 
-POOL = 1 << 26  # numbers; all tensors are cut from them
+POOL = 1 << 27  # numbers; all tensors are cut from them, most without a copy
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -30,8 +31,8 @@ class RandomTensors(TensorFiles):
 
     def __getitem__(self, name: str) -> np.ndarray:
         shape = self._shapes[name]
-        first = hash(name) % 997
-        return np.resize(self._pool[first:], math.prod(shape)).reshape(shape)
+        pool, count = self._pool[zlib.crc32(name.encode()) % 997 :], math.prod(shape)
+        return (pool[:count] if count <= len(pool) else np.resize(pool, count)).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -4,7 +4,7 @@ import dataclasses
 
 from models.common.full_path import FullPath
 from models.common.quantizer import SiteRule
-from models.common.recipes import INPUTS, RECIPES, Recipe, rounding
+from models.common.recipes import INPUTS, RECIPES, Recipe, rounding, with_embedders
 from sdq import format_table
 
 FULL = RECIPES["semanticdialect"]
@@ -188,6 +188,7 @@ ABLATION = Table(
             for every, words in ((2, "every 2 steps"), (12, "every 12 steps"), (0, "once"))
         ),
         "Attention too": (
+            RECIPES["plain_full_path"],
             RECIPES["full_path"],
             _full("4-bit attention", attention=FullPath(fmt_qk=SDQ, fmt_pv=SDQ)),
         ),
@@ -217,9 +218,32 @@ SHARING = Table(
     against=ALONE,
 )
 
+EMBEDDERS = Table(
+    stem="shapes_embedders",
+    title="What embeds time and text in fewer bits, on the shapes model",
+    text="Kernels outside of the blocks, but for the first and the last, alone and beside those of "
+    "the blocks; their inputs stay. " + COMMON + " " + _gained("plain"),
+    groups={
+        "Alone": tuple(
+            Recipe(name=f"embedders {fmt}", weights=with_embedders(Recipe(name=""), fmt).weights)
+            for fmt in ("int8", SDQ)
+        ),
+        "Beside the blocks": (
+            PLAIN,
+            *(
+                dataclasses.replace(with_embedders(PLAIN, fmt), name=f"plain, embedders {fmt}")
+                for fmt in ("int8", SDQ)
+            ),
+        ),
+    },
+    columns=("recipe", *MEASURED, *COMPARED),
+    against=PLAIN,
+)
+
 TABLES = {
     "formats": FORMATS,
     "recipes": RECIPE_TABLE,
     "ablation": ABLATION,
     "sharing": SHARING,
+    "embedders": EMBEDDERS,
 }
