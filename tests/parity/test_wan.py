@@ -30,7 +30,8 @@ def test_equals_diffusers(live, layout, tmp_path):
 def test_the_committed_golden_is_what_diffusers_computes(live):
     name, expected = live
     committed = golden(name)
-    np.testing.assert_allclose(committed["output"], expected["output"], atol=1e-6)
+    # torch sums in another order on another CPU: 2e-6 were seen.
+    np.testing.assert_allclose(committed["output"], expected["output"], atol=1e-5)
     for key in ("shapes", "original"):
         assert json.loads(str(committed[key])) == json.loads(expected[key])
     assert set(json.loads(expected["original"]).values()) == set(json.loads(expected["shapes"]))
