@@ -91,7 +91,8 @@ def to_markdown(found: list[Result], where: dict[str, str]) -> str:
     return results.page(
         "A sampling step of Wan on kernels",
         where,
-        "Peak: weights, inputs, outputs and temporaries of the compiled step.",
+        "Peak: weights, inputs, outputs and temporaries of the compiled step. By part: "
+        "[one of its blocks](block_hopper.md).",
         "",
         "| | s | against bf16 | weights GB | peak GB | less than bf16 |",
         "|---|---|---|---|---|---|",
