@@ -48,6 +48,16 @@ def page(title: str, where: dict[str, str], *body: str) -> str:
     return "\n".join([f"# {title}", "", *lines, "", *body]) + "\n"
 
 
+def kept(folder: pathlib.Path | None, stem: str, where: dict[str, str]) -> dict[str, Any]:
+    """The document that a folder holds, if of the same device and versions; else empty."""
+    file = folder / f"{stem}.json" if folder else None
+    document = json.loads(file.read_text()) if file and file.exists() else {}
+    same = document and all(
+        document["environment"][key] == where[key] for key in ("device", "versions")
+    )
+    return document if same else {}
+
+
 def write(folder: pathlib.Path, stem: str, text: str, document: Any) -> None:
     """Write `<stem>.md` and `<stem>.json`."""
     folder.mkdir(parents=True, exist_ok=True)

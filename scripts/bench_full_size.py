@@ -11,7 +11,6 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
 import time
@@ -40,7 +39,6 @@ from scripts._random_checkpoint import RandomTensors
 from scripts._timing import compiled, median_seconds, peak_bytes
 
 STEM = "full_size"
-KEPT_IF = ("device", "versions")  # are the same
 RECIPE = recipes.with_embedders(recipes.named("plain_full_path"), "int8")
 STEPS = 6  # of the sampling
 
@@ -253,12 +251,8 @@ def main() -> None:
     if reason := device.without_mosaic_gpu():
         parser.error(reason)
     where = results.environment("bench_full_size")
-    found: dict[str, Result] = {}
-    file = args.out / f"{STEM}.json" if args.out else None
-    if file and file.exists():
-        before = json.loads(file.read_text())
-        if all(before["environment"][key] == where[key] for key in KEPT_IF):
-            found = {name: Result(**row) for name, row in before["results"].items()}
+    before = results.kept(args.out, STEM, where)
+    found = {name: Result(**row) for name, row in before.get("results", {}).items()}
     for model in args.models:
         if model in found:
             continue

@@ -10,7 +10,6 @@ with float32 results. Set XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch shal
 import dataclasses
 import functools
 import json
-import pathlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +40,6 @@ MODES = ("fast", "accurate")
 ERROR_SIZES = ((512, 5120, 1024), (512, 13824, 1024))  # m, k, n
 ROWS = 64  # of each error that float64 computes
 STEM = "matmul_hopper"
-KEPT_IF = ("device", "versions")  # are the same
 Errors = dict[str, dict[str, dict[str, float]]]  # by sizes, operands and way
 
 
@@ -224,31 +222,23 @@ def to_markdown(speeds: list[Speed], wrong: Errors, where: dict[str, str]) -> st
     )
 
 
-def kept(folder: pathlib.Path | None, where: dict[str, str]) -> tuple[dict[str, Speed], Errors]:
-    """What a folder holds of the same device and versions: by workload, and by sizes."""
-    file = folder / f"{STEM}.json" if folder else None
-    document = json.loads(file.read_text()) if file and file.exists() else {}
-    same = document and all(document["environment"][key] == where[key] for key in KEPT_IF)
-    if not same:
-        return {}, {}
-    return {row["linear"]: Speed(**row) for row in document["speed"]}, document["error"]
-
-
 def main() -> None:
     """Measure and write JSON and Markdown."""
     parser = results.parser(__doc__)
     parser.add_argument(
         "--only",
         default="",
-        help="workloads whose name holds this; of others, the"
-        " folder's page keeps what was found with the same device and versions",
+        help="workloads whose name holds this; of others, the folder's page keeps what was found "
+        "with the same device and versions",
     )
     args = parser.parse_args()
     if not device.current().is_hopper:
         parser.error(f"needs a Hopper GPU, not {device.current().kind}")
     bandwidth = copy_bandwidth()
     where = results.environment("bench_matmul", copy=f"{bandwidth / 1e12:.2f} TB/s")
-    speeds, wrong = kept(args.out, where)
+    before = results.kept(args.out, STEM, where)
+    speeds = {row["linear"]: Speed(**row) for row in before.get("speed", ())}
+    wrong: Errors = before.get("error", {})
 
     def keep() -> None:
         """What was measured so far."""

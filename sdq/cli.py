@@ -81,8 +81,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--embedders",
                 metavar="FORMAT",
-                default="int8",
-                help='of what embeds time and text, or "bf16" (default: int8)',
+                help='of what embeds time and text, or "bf16" (default: 8 bits)',
             )
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder")
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -473,7 +472,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
     is_kept = args.command == "convert"
     recipe = recipes.Recipe(name=recipes.KEEP) if is_kept else recipes.named(args.recipe)
-    embedders = recipes.KEEP if is_kept else args.embedders
+    embedders = recipes.KEEP if is_kept else args.embedders or checkpoints.EMBEDDERS
     try:
         checkpoints.quantize(args.source, args.model, recipe, args.out, embedders)
     except KeyboardInterrupt:

@@ -200,6 +200,7 @@ def stack(
         split_rngs={"params": True},
         in_axes=((nn.broadcast,) * shared) + (0,),
         length=length,
+        check_constancy_invariants=False,  # nothing is broadcast: blocks need no second trace
     )
 
 

@@ -1,6 +1,7 @@
 """A checkpoint's tensors become a quantised checkpoint, block by block.
 
-No more than a leaf's 4-bit numbers and a block's tensor are in memory; a job that was killed goes
+Of a leaf only the 4-bit numbers are in memory as a whole, while they are written more than once,
+beside the tensor of one block; a job that was killed goes
 on with the leaf that it was at.
 """
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import sdq
 from models.common.layers import (
@@ -13,6 +14,7 @@ from models.common.layers import (
     modulated_norm,
     patchify,
     sinusoid,
+    stack,
     unpatchify,
 )
 from pallas_kernels import computed, prepared
@@ -119,3 +121,21 @@ def test_patches_and_back(rng):
 def test_patch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"a patch of \[2, 2, 2\] does not divide \[3, 4, 4\]"):
         patchify(jnp.ones((1, 3, 4, 4, 1)), (2, 2, 2))
+
+
+def test_blocks_are_traced_once_and_may_call_back():
+    traced, seen = [], []
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, shift, _):
+            traced.append(1)
+            x = x * self.param("scale", nn.initializers.ones, ()) + shift
+            jax.debug.callback(lambda value: seen.append(float(value)), x, ordered=True)
+            return x, None
+
+    blocks = stack(Block, 3, shared=1)()
+    params = {"params": {"scale": jnp.full(3, 2.0)}}
+    y, _ = jax.jit(blocks.apply)(params, jnp.float32(1), jnp.float32(1), None)
+    jax.effects_barrier()
+    assert len(traced) == 1 and seen == [3, 7, 15] and y == 15
