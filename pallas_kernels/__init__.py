@@ -5,6 +5,7 @@ from pallas_kernels.attention import quantized_attention
 from pallas_kernels.deferred import Activated, Deferred, Normed, computed
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
+from pallas_kernels.prepare import prepare_heads
 from pallas_kernels.projected import Projected, joined, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
 from pallas_kernels.reference import ACTIVATIONS
@@ -24,6 +25,7 @@ __all__ = [
     "computed",
     "fp8_rows",
     "joined",
+    "prepare_heads",
     "prepared",
     "quantize_rows",
     "quantized_attention",

@@ -1,5 +1,7 @@
 """Softmax attention that never holds an S x S matrix of a long sequence, on any backend."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ def attention(
     *,
     lengths: jax.Array | None = None,
     implementation: str | None = None,
+    prepare: Callable[[jax.Array | Projected], jax.Array] = prepared,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v.
 
@@ -27,10 +30,11 @@ def attention(
         None: all.
       implementation: "cudnn" (NVIDIA GPUs, 16-bit floats), "chunked" (anything: a few queries at a
         time, softmax in float32), or None: cuDNN where it can, else chunked.
+      prepare: makes heads of what is Projected.
     Returns:
       `[B, S, heads, width]` in q's dtype.
     """
-    q, k = prepared(q), prepared(k)
+    q, k = prepare(q), prepare(k)
     if implementation is None:
         implementation = "cudnn" if _cudnn_can(q, k) else "chunked"
     if implementation == "cudnn":

@@ -1,7 +1,7 @@
 """Ops on kernels: quantised inputs become fp8 rows, products `pallas_kernels.quantized_matmul`.
 
-The numbers are those of the plain Ops to the last bit, but where a norm is done on the way; that
-and products differ by how sums are rounded.
+The numbers are those of the plain Ops to the last bit, but where a norm or what comes before
+attention is done on the way; these and products differ by how sums are rounded.
 Nothing is chosen in silence: what no kernel can do is an error that says why.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from models.common import layers
+from models.common import attention, layers
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.recipes import KERNELS
@@ -20,8 +20,10 @@ from pallas_kernels import (
     MODES,
     Deferred,
     Fp8Rows,
+    Projected,
     TiledWeight,
     device,
+    prepare_heads,
     quantize_rows,
     quantized_matmul,
     tile_weight,
@@ -32,7 +34,7 @@ from sdq.rules import is_qtensor, path_of
 
 
 def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
-    """The same Ops with kernels for rounding and products.
+    """The same Ops with kernels for rounding, products and what comes before attention.
 
     Args:
       ops: what else they do stays.
@@ -42,6 +44,8 @@ def on_kernels(ops: Ops, mode: str = "accurate") -> Ops:
       ValueError: there is no such mode, or blocks of inputs choose otherwise than in two stages.
     """
     ops = dataclasses.replace(ops, matmul=Products(mode))
+    if ops.attention is attention.attention:
+        ops = dataclasses.replace(ops, attention=prepared_attention)
     quantizer = ops.quantizer
     if not isinstance(quantizer, InputQuantizer | SemanticDialect):  # inputs stay bf16
         return ops
@@ -82,6 +86,13 @@ def rounding(
     """A `quantizer.Rounding`."""
     assert rule.format is not None
     return quantize_rows(x, rule.format, sub_formatbooks=sub_formatbooks, tokens=tokens)
+
+
+def prepared_attention(
+    q: jax.Array | Projected, k: jax.Array | Projected, v: jax.Array, **options: Any
+) -> jax.Array:
+    """For `Ops.attention`: `attention.attention` with `prepare_heads`."""
+    return attention.attention(q, k, v, prepare=prepare_heads, **options)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -1,7 +1,8 @@
-"""Queries, keys and values as the Hopper attention reads them, from linears' results.
+"""Queries, keys and values as an attention reads them, from linears' results.
 
 Written plainly, norm, rotary embedding, Hadamard rotation, rounding and transposition each pass
-over memory. Here queries are read once, keys and values twice, and nothing but e4m3 is written.
+over memory. Here, for our attention, queries are read once, keys and values twice, and nothing but
+e4m3 is written; for one in bf16, queries and keys are read and written once.
 """
 
 import functools
@@ -45,6 +46,13 @@ def misfit(x: Projected) -> str | None:
     if channels > 64 * WORDS_OF_12_WARPS:
         return f"{channels} channels, which do not fit into the registers of a warp"
     return None
+
+
+def prepared(x: Projected, *, num_sms: int) -> jax.Array:
+    """bf16 `[B, S, H, D]`, normed and turned in float32 and rounded once; `misfit` says of what."""
+    task = _task(x, heads_program.PREPARED, False, None, filled=x.shape[1])
+    (values,) = _call(task, _inputs(x), num_sms)
+    return values.reshape(x.shape)
 
 
 def queries(x: Projected, *, rotate: bool, num_sms: int) -> Rounded:
@@ -164,8 +172,11 @@ def _checked(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Any:
+    values = jax.ShapeDtypeStruct((task.videos * task.heads, task.filled, task.width), E4M3)
+    if task.what == heads_program.PREPARED:
+        values = jax.ShapeDtypeStruct((task.rows, task.heads * task.width), jnp.bfloat16)
     outputs = {
-        "values": jax.ShapeDtypeStruct((task.videos * task.heads, task.filled, task.width), E4M3),
+        "values": values,
         "exponents": jax.ShapeDtypeStruct((task.rows, task.heads), jnp.int32),
         "norms": jax.ShapeDtypeStruct((task.rows, task.heads), jnp.float32),
     }

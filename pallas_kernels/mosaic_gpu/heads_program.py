@@ -2,7 +2,8 @@
 
 A warp has a row, x of a token: lane l has channels l E .. l E + E - 1 of every head, E being
 width / 32, so that a head lies across a warp. x is read once and kept; then head by head: norm,
-rotary embedding, Hadamard rotation, a vector subtracted, e4m3 with an exponent; all in float32.
+rotary embedding, Hadamard rotation, a vector subtracted, e4m3 with an exponent; all in float32. Or
+bf16 right after the embedding.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ BIAS = 127
 QUERIES = "queries"  # written with an exponent each, by its own norm
 NORMS = "norms"  # written, squared
 KEYS = "keys"  # written with an exponent for those of a head that is given
+PREPARED = "prepared"  # written in bf16, the heads of a token side by side
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,7 @@ class Task:
     """All that the text depends on.
 
     Attributes:
-      what: QUERIES, NORMS or KEYS.
+      what: QUERIES, NORMS, KEYS or PREPARED.
       videos: B.
       tokens: S, of a video.
       filled: tokens that are written of each; the last are like the first.
@@ -133,7 +135,7 @@ def _row(p: Program, task: Task, at: Place, signs: Sequence[Register]) -> None:
     words = _load(p, task, at)
     scale = _scale(p, task, words)
     angles = _angles(p, task, at) if task.rope else []
-    values = _first_value(p, task, at) if task.what != NORMS else None
+    values = _first_value(p, task, at)
     told = [p.copy(0) for _ in range(-(-task.heads // WARP))]  # lane l: of heads l, l + 32, ...
     for head in range(task.heads):
         p.converge()  # else the compiler overlaps heads until registers spill
@@ -148,6 +150,10 @@ def _row(p: Program, task: Task, at: Place, signs: Sequence[Register]) -> None:
             y = _rotated(p, y, signs)
         if task.center:
             y = _each(p, "sub.rn.f32", y, _channels(p, task, at, "center", head, at.video))
+        if task.what == PREPARED:
+            assert values is not None
+            p.store("global", values, _in_pairs(p, y), 2 * task.width * head)
+            continue
         if task.what == KEYS:
             of_video = p.address(task.argument("factor"), _register(p, at.video), 4 * task.heads)
             (factor,) = p.load("global.nc", 1, of_video, 4 * head)
@@ -164,7 +170,7 @@ def _row(p: Program, task: Task, at: Place, signs: Sequence[Register]) -> None:
         factor = p.shift_left(p.subtract(BIAS, exponent), 23)
         p.emit("mov.b32", told[head // WARP], exponent, when=mine)
         _write(p, task, values, head, y, factor, bad=p.equal(bits, NOT_FINITE))
-    if task.what != KEYS:
+    if task.what in (QUERIES, NORMS):
         _tell(p, task, at, told)
 
 
@@ -239,8 +245,16 @@ def _rotated(p: Program, y: Sequence[Register], signs: Sequence[Register]) -> li
     return y
 
 
-def _first_value(p: Program, task: Task, at: Place) -> Register:
-    """Where this lane's part of the first head goes, in `[B, H, S, width]`."""
+def _first_value(p: Program, task: Task, at: Place) -> Register | None:
+    """Where this lane's part of the first head goes, in `[B, H, S, width]`; bf16 `[rows, H width]`.
+
+    None if it goes nowhere.
+    """
+    if task.what == NORMS:
+        return None
+    if task.what == PREPARED:
+        of_row = p.address(task.argument("values"), at.row, 2 * task.heads * task.width)
+        return p.address(of_row, at.lane, 2 * task.each)
     place = p.address(task.argument("values"), at.token, task.width)
     if task.videos > 1:
         of_video = task.heads * task.filled * task.width
@@ -268,6 +282,13 @@ def _write(
     if bad:
         word = p.select(bad, NANS, word)
     p.store("global", values, [word], head * task.filled * task.width, size=8 * task.each)
+
+
+def _in_pairs(p: Program, y: Sequence[Register]) -> list[Register]:
+    """Rounded to bf16, two a word."""
+    return [
+        p.let("cvt.rn.bf16x2.f32", high, low) for low, high in zip(y[::2], y[1::2], strict=True)
+    ]
 
 
 def _tell(p: Program, task: Task, at: Place, told: Sequence[Register]) -> None:

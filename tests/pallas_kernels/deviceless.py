@@ -230,25 +230,27 @@ def compile_attention(
 
 
 def compile_heads(what: str, heads: int, width: int, videos: int = 1, norm: bool = True) -> None:
-    """Queries or keys of 4099 tokens, turned and rotated; or values."""
+    """Queries or keys of 4099 tokens, turned and rotated; or in bf16, turned; or values."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import Projected, device
-    from pallas_kernels.mosaic_gpu.heads import keys, queries, values
+    from pallas_kernels.mosaic_gpu.heads import keys, prepared, queries, values
 
-    def prepared(x: Any, gain: Any, rope: Any, center: Any) -> Any:
+    def made(x: Any, gain: Any, rope: Any, center: Any) -> Any:
         sms = device.current().cores
         if what == "values":
             return values(Projected(x=x, heads=heads), num_sms=sms)
         of = Projected(x=x, heads=heads, gain=gain if norm else None, rope=rope, eps=1e-6)
         if what == "queries":
             return queries(of, rotate=True, num_sms=sms)
+        if what == "prepared":
+            return prepared(of, num_sms=sms)
         return keys(of, rotate=True, center=center, num_sms=sms)
 
     angles = jax.ShapeDtypeStruct((4099, width // 2), jnp.float32)
     _compile(
-        prepared,
+        made,
         jax.ShapeDtypeStruct((videos, 4099, heads * width), jnp.bfloat16),
         jax.ShapeDtypeStruct((heads * width,), jnp.float32),
         (angles, angles),

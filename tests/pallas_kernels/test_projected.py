@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Projected, joined, prepared, quantized_attention
+from pallas_kernels import Projected, joined, prepare_heads, prepared, quantized_attention
 from pallas_kernels.projected import each_head_normed
 
 B, S, H, D = 2, 5, 3, 64
@@ -64,3 +64,11 @@ def test_attention_norms_each_head_first(x, rng):
     assert normed.dtype == jnp.bfloat16
     expected = quantized_attention(normed, normed, v, implementation="plain")
     np.testing.assert_array_equal(y, expected)
+
+
+def test_heads_are_prepared_without_a_kernel(x):
+    np.testing.assert_array_equal(prepare_heads(x), prepared(x))
+    with pytest.raises(ValueError, match="mosaic_gpu cannot do this"):
+        prepare_heads(x, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="expected one of mosaic_gpu, reference, got 'jnp'"):
+        prepare_heads(x, implementation="jnp")

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import Projected
 from pallas_kernels.mosaic_gpu import heads, values_program
 from pallas_kernels.mosaic_gpu.attention_operands import NORM_TOP, in_order
-from pallas_kernels.mosaic_gpu.heads_program import KEYS, NORMS, QUERIES, Task, program
+from pallas_kernels.mosaic_gpu.heads_program import KEYS, NORMS, PREPARED, QUERIES, Task, program
 from sdq.rotate import hadamard
 from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.mosaic_gpu import ptx_machine
@@ -65,8 +65,11 @@ class Case:
         """Arrays that were written, by name."""
         task = dataclasses.replace(self.task, what=what)
         shape = task.videos, task.filled, task.heads
+        by_head = shape[0], shape[2], shape[1], task.width
         written = {
-            "values": np.zeros((shape[0], shape[2], shape[1], task.width), E4M3),
+            "values": np.zeros(by_head, E4M3)
+            if what != PREPARED
+            else np.zeros((*shape, task.width), ml_dtypes.bfloat16),
             "exponents": np.full(shape, -99, np.int32),
             "norms": np.full(shape, -1, np.float32),
         }
@@ -120,6 +123,15 @@ def test_norms_and_keys(case):
     assert (values == expected.astype(np.float32).astype(E4M3)).mean() > 0.999
 
 
+def test_bf16_is_rounded_once(case):
+    expected = case.expected()
+    values = case.run(PREPARED)["values"]
+    np.testing.assert_allclose(
+        values.astype(np.float64), expected, rtol=2**-8, atol=1e-5 * abs(expected).max()
+    )
+    assert (values == expected.astype(np.float32).astype(values.dtype)).mean() > 0.999
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_becomes_nan(rng, bad):
     case = Case(rng, 1, 3, 2, 64, eps=None, rope=True, rotate=True, center=False)
@@ -140,9 +152,9 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
     wan = {"heads": 40, "width": 128}
     cases = [{"what": "queries", **wan}, {"what": "keys", **wan, "videos": 2}]
     cases.append({"what": "queries", "heads": 12, "width": 64, "norm": False})
-    cases.append({"what": "values", **wan})
-    of_queries, of_keys, small, of_values = deviceless.compiled(tmp_path, cases, "heads")
-    assert of_keys.spilled == small.spilled == of_values.spilled == 0
+    cases += [{"what": "values", **wan}, {"what": "prepared", **wan}]
+    of_queries, of_keys, *others = deviceless.compiled(tmp_path, cases, "heads")
+    assert of_keys.spilled == 0 and not any(one.spilled for one in others)
     assert of_queries.spilled <= 40  # counted twice: five registers, beside 80 of x
 
 

@@ -1,10 +1,12 @@
 """Queries and keys in one pass on a GPU: JAX_PLATFORMS=cuda python -m pytest <this file>."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Projected, device
+from pallas_kernels import Projected, device, prepare_heads
 from pallas_kernels.mosaic_gpu import heads
 from pallas_kernels.mosaic_gpu.attention_operands import in_order
 from sdq.rotate import hadamard
@@ -46,6 +48,16 @@ def filled_up(y, multiple):
     """By the first token."""
     more = -y.shape[1] % multiple
     return np.concatenate([y, np.broadcast_to(y[:, :1], (len(y), more, *y.shape[2:]))], axis=1)
+
+
+def test_bf16(case):
+    if case.task.rotate:
+        case.task = dataclasses.replace(case.task, rotate=False)
+    expected, x = case.expected(), projected(case)
+    found = np.asarray(prepare_heads(x, implementation="mosaic_gpu"), np.float64)
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 * abs(expected).max())
+    again = np.asarray(prepare_heads(x, implementation="reference"), np.float64)
+    assert off(found, again) < 2**-8
 
 
 def test_queries(case):

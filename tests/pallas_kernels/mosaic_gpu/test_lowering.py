@@ -11,6 +11,7 @@ from pallas_kernels import (
     Normed,
     Projected,
     Quantized,
+    prepare_heads,
     quantize_rows,
     quantized_attention,
     quantized_matmul,
@@ -102,3 +103,16 @@ def test_attention_reads_linears_results(hopper):
     assert y.shape == heads.shape and y.dtype == jnp.bfloat16
     text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
     assert text.count("mosaic_gpu_v2") == 5 and "stablehlo.rsqrt" not in text
+
+
+def test_heads_are_prepared_in_one_pass(hopper):
+    """Of all heads at once by one kernel; a norm over each alone is XLA's, what comes then not."""
+
+    def call(x, gain, rope):
+        return prepare_heads(Projected(x=x, gain=gain, rope=rope, heads=3, eps=1e-6))
+
+    rows, angles = abstract((2, 333, 384), jnp.bfloat16), abstract((333, 64), jnp.float32)
+    for width, norms in ((384, 0), (128, 1)):
+        arguments = rows, abstract((width,), jnp.float32), (angles, angles)
+        text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
+        assert text.count("mosaic_gpu_v2") == 1 and text.count("stablehlo.rsqrt") == norms
