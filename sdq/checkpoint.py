@@ -10,6 +10,7 @@ killed save leaves the old checkpoint or the new one. What a killed save left be
 next save.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -29,6 +30,7 @@ import numpy as np
 from sdq import formats, qtensor, rules
 from sdq.files import abandoned
 from sdq.manifest import (
+    AT_ONCE,
     JOURNAL,
     MANIFEST,
     REMEDY,
@@ -284,29 +286,36 @@ def _read_arrays(
         folders.setdefault(place.parent, {})[place.name] = target
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with _orbax() as (ocp, checkpointer):
-        for folder, wanted_here in folders.items():
+
+        def read(folder: pathlib.Path) -> dict[str, jax.Array]:
+            targets = folders[folder]
             restore_args = {
                 name: ocp.ArrayRestoreArgs(
                     sharding=getattr(target, "sharding", None) or here,
                     global_shape=target.shape,
                     dtype=target.dtype,
                 )
-                for name, target in wanted_here.items()
+                for name, target in targets.items()
             }
-            structs = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in wanted_here.items()}
+            structs = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in targets.items()}
             try:
                 args = ocp.args.PyTreeRestore(
                     item=structs, restore_args=restore_args, partial_restore=True
                 )
-                found = checkpointer.restore(folder, args=args)
+                return checkpointer.restore(folder, args=args)
             except Exception as error:
                 # Whatever tensorstore or Orbax made of damaged files that nobody verified.
                 raise CheckpointError(
                     f"{folder}: cannot be read ({error}); "
                     f"load with verify=True to learn which file; {REMEDY}"
                 ) from error
-            prefix = folder.relative_to(root / manifest.data)
-            arrays |= {(prefix / name).as_posix(): array for name, array in found.items()}
+
+        # Several processes wait for each other in each folder: in the same order then.
+        at_once = AT_ONCE if jax.process_count() == 1 else 1
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            for folder, found in zip(folders, pool.map(read, folders), strict=True):
+                prefix = folder.relative_to(root / manifest.data)
+                arrays |= {(prefix / name).as_posix(): array for name, array in found.items()}
     return arrays
 
 

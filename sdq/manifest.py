@@ -4,6 +4,7 @@ Written atomically, carries its own checksum. What is wrong with a checkpoint is
 file, the leaf and the remedy.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from sdq.files import write_atomically
 VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "unfinished.jsonl"  # of leaves that are there before the manifest is
+AT_ONCE = min(8, os.cpu_count() or 1)  # files that are read
 REMEDY = "copy the checkpoint again from where it is whole, or quantise and save again"
 
 
@@ -110,11 +112,12 @@ def verify_files(root: pathlib.Path, manifest: Manifest, only: str | None = None
         for entry in manifest.leaves
         for name in entry.arrays.values()
     }
-    for name, (nbytes, digest) in manifest.files.items():
-        file = root / manifest.data / name
-        leaf = leaf_of.get(name.split("/")[0])
+
+    def check(name: str) -> None:
+        file, leaf = root / manifest.data / name, leaf_of.get(name.split("/")[0])
         if only is not None and leaf not in (only, None):
-            continue
+            return
+        nbytes, digest = manifest.files[name]
         where = f"{file}" + (f" (leaf {leaf!r})" if leaf else "")
         if not file.is_file():
             raise CheckpointError(f"{where}: missing; {REMEDY}")
@@ -122,6 +125,9 @@ def verify_files(root: pathlib.Path, manifest: Manifest, only: str | None = None
             raise CheckpointError(f"{where}: {size} bytes instead of {nbytes}; {REMEDY}")
         if fingerprint(file)[1] != digest:
             raise CheckpointError(f"{where}: contents changed (SHA-256); {REMEDY}")
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(check, manifest.files))  # which raises what the first of them does
 
 
 def write_manifest(root: pathlib.Path, manifest: Manifest) -> None:

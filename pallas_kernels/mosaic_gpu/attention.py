@@ -51,6 +51,9 @@ def heuristic(block: int | None) -> AttentionConfig:
     return dataclasses.replace(config, cluster=1) if apart else config
 
 
+@functools.partial(
+    jax.jit, static_argnames=("heads", "block", "config", "out_dtype", "num_sms", "interpret")
+)
 def attend(
     q: jax.Array,
     slope: jax.Array,

@@ -48,6 +48,7 @@ def misfit(x: Projected) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames="num_sms")
 def prepared(x: Projected, *, num_sms: int) -> jax.Array:
     """bf16 `[B, S, H, D]`, normed and turned in float32 and rounded once; `misfit` says of what."""
     task = _task(x, heads_program.PREPARED, False, None, filled=x.shape[1])
@@ -55,6 +56,7 @@ def prepared(x: Projected, *, num_sms: int) -> jax.Array:
     return values.reshape(x.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("rotate", "num_sms"))
 def queries(x: Projected, *, rotate: bool, num_sms: int) -> Rounded:
     """e4m3 with an exponent a query.
 
@@ -72,6 +74,7 @@ def queries(x: Projected, *, rotate: bool, num_sms: int) -> Rounded:
     return Rounded(_by_head(values, task), power_of_two(exponents)[..., None])
 
 
+@functools.partial(jax.jit, static_argnames=("rotate", "num_sms"))
 def keys(x: Projected, *, rotate: bool, center: jax.Array | None, num_sms: int) -> Rounded:
     """e4m3 with an exponent for the keys of a head: two passes, the first finds the largest.
 
@@ -99,6 +102,7 @@ def keys(x: Projected, *, rotate: bool, center: jax.Array | None, num_sms: int) 
     return Rounded(_by_head(values, task), power_of_two(exponent)[:, :, None, None])
 
 
+@functools.partial(jax.jit, static_argnames="num_sms")
 def values(x: Projected, *, num_sms: int) -> Rounded:
     """e4m3 with an exponent a channel, transposed, in `attention_operands.in_order`.
 

@@ -33,6 +33,9 @@ from pallas_kernels.mosaic_gpu.tables import look_up_table
 from pallas_kernels.rows import row_scales
 
 
+@functools.partial(
+    jax.jit, static_argnames=("activation", "config", "out_dtype", "num_sms", "interpret")
+)
 def matmul(
     x: jax.Array,
     x_exponents: jax.Array | None,

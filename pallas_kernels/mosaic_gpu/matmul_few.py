@@ -32,6 +32,9 @@ from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
 
+@functools.partial(
+    jax.jit, static_argnames=("activation", "config", "out_dtype", "num_sms", "interpret")
+)
 def matmul_few(
     x: jax.Array,
     x_exponents: jax.Array | None,

@@ -142,10 +142,11 @@ def quantize(
     if norm is not None:
         _check_norm(norm, task)
         inputs["modulation"] = arranged(norm.gain, norm.shift, task)
-    return _call(task, inputs, num_sms)
+    return _quantize(task, inputs, num_sms)
 
 
-def _call(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Written:
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _quantize(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Written:
     """The kernel on arguments by their names."""
     m, n = task.rows, task.residuals
     outputs = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,4 +75,4 @@ def test_a_step_lowers(name):
         text = jax.export.export(jax.jit(advance), platforms=["cuda"])(*inputs).mlir_module()
     assert after.x.shape == (1, *LATENTS, config.out_channels) and is_finite.shape == ()
     linears = {linear for linears in family.sites.values() for linear in linears}
-    assert text.count("mosaic_gpu_v2") >= len(linears)
+    assert len(re.findall(r"call @matmul(_few)?(_\d+)?\(", text)) >= len(linears)
