@@ -2,7 +2,7 @@
 
 from pallas_kernels.api import Explanation, quantized_matmul, supports, which
 from pallas_kernels.attention import quantized_attention
-from pallas_kernels.deferred import Activated, Deferred, Normed, computed
+from pallas_kernels.deferred import Activated, Concatenated, Deferred, Normed, computed
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
 from pallas_kernels.prepare import prepare_heads
@@ -15,6 +15,7 @@ __all__ = [
     "ACTIVATIONS",
     "MODES",
     "Activated",
+    "Concatenated",
     "Deferred",
     "Explanation",
     "Fp8Rows",

@@ -1,4 +1,4 @@
-"""What a norm or an activation is about to make, so that whoever rounds it can do it on the way."""
+"""What is about to be made before it is rounded, so that whoever rounds it does it on the way."""
 
 import dataclasses
 
@@ -60,7 +60,31 @@ class Activated:
         return self.x.dtype
 
 
-Deferred = Normed | Activated
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Concatenated:
+    """Stands for the channels of x and behind them those of more, `[B, S, K + K']`.
+
+    Attributes:
+      x: `[B, S, K]`.
+      more: `[B, S, K']`, of the same dtype.
+    """
+
+    x: jax.Array
+    more: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of both."""
+        return (*self.x.shape[:-1], self.x.shape[-1] + self.more.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of x."""
+        return self.x.dtype
+
+
+Deferred = Normed | Activated | Concatenated
 
 
 def computed(x: jax.Array | Deferred) -> jax.Array:
@@ -69,6 +93,8 @@ def computed(x: jax.Array | Deferred) -> jax.Array:
         return (layer_norm(x.x, x.eps) * x.gain + x.shift).astype(x.dtype)
     if isinstance(x, Activated):
         return ACTIVATIONS[x.activation](x.x.astype(jnp.float32)).astype(x.dtype)
+    if isinstance(x, Concatenated):
+        return jnp.concatenate([x.x, x.more], axis=-1)
     return x
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.deferred import Activated, Deferred, Normed, computed
+from pallas_kernels.deferred import Activated, Concatenated, Deferred, Normed, computed
 from pallas_kernels.rows import Fp8Rows, fp8_rows, numbers
 from sdq import formats, quantize, seda
 from sdq.formats import Format
@@ -103,9 +103,11 @@ def _mosaic_gpu(
     from pallas_kernels.mosaic_gpu import quantizer as kernel
 
     batch, length, width = x.shape
-    norm = activation = None
+    norm = activation = more = None
     if isinstance(x, Activated):
         activation, x = x.activation, x.x
+    elif isinstance(x, Concatenated) and not x.x.shape[-1] % kernel.STEP:
+        more, x = x.more.reshape(batch * length, -1), x.x
     elif isinstance(x, Normed) and x.gain.shape[1] == 1:
         gain, shift = (jnp.broadcast_to(part[:, 0], (batch, width)) for part in (x.gain, x.shift))
         norm, x = kernel.Norm(gain, shift, x.eps), x.x
@@ -121,10 +123,11 @@ def _mosaic_gpu(
     if tokens is not None:
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
         residual_of = (tokens + first).reshape(-1)
-    flat = computed(x).reshape(batch * length, width)
+    flat = computed(x)
     found = kernel.quantize(
-        flat,
+        flat.reshape(batch * length, flat.shape[-1]),
         fmt,
+        more=more,
         sub_formatbooks=sub,
         residual_of=residual_of,
         norm=norm,

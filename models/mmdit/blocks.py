@@ -18,7 +18,7 @@ from models.common.layers import (
     split_heads,
 )
 from models.mmdit.config import MMDiTConfig
-from pallas_kernels import Deferred, Projected, joined
+from pallas_kernels import Concatenated, Deferred, Projected, joined
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -152,7 +152,7 @@ class SingleBlock(nn.Module):
         queries = Heads(config.heads, config.eps, alone=True, name="norm_q")(q, rope)
         keys = Heads(config.heads, config.eps, alone=True, name="norm_k")(k, rope)
         out = self.ops.attention(queries, keys, split_heads(v, config.heads), lengths=lengths)
-        both = jnp.concatenate([out.reshape(x.shape), up], axis=-1)
+        both = Concatenated(x=out.reshape(x.shape), more=up)
         h = read_at(self, both, "single_blocks/out", None)
         x = gated(x, Linear(config.width, self.ops, name="out")(h), gate)
         self.sow("intermediates", "output", x, reduce_fn=latest)

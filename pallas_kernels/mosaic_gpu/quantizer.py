@@ -90,6 +90,7 @@ def quantize(
     x: jax.Array,
     fmt: Format,
     *,
+    more: jax.Array | None = None,
     sub_formatbooks: SubFormatbooks | None = None,
     residual_of: jax.Array | None = None,
     norm: Norm | None = None,
@@ -103,6 +104,7 @@ def quantize(
     Args:
       x: bf16 `[M, K]`, K a multiple of 32.
       fmt: a dialect format with blocks of 16 or 32.
+      more: bf16 `[M, K']`, K' a multiple of 32: channels of the same rows, behind those of x.
       sub_formatbooks: the choice of each row, for formats with more than one shape a top.
       residual_of: numbers of rows, int32 `[n]`: what quantising leaves over of them is quantised
         too, with a free choice.
@@ -117,6 +119,9 @@ def quantize(
     if x.ndim != 2 or x.dtype != jnp.bfloat16:
         raise ValueError(f"x: expected bfloat16 [M, K], got {x.dtype}{list(x.shape)}")
     rows, length = x.shape
+    if more is not None:
+        _check_more(more, rows)
+        length += more.shape[1]
     if reason := misfit(fmt, length):
         raise NotImplementedError(reason)
     assert fmt.block is not None
@@ -131,8 +136,9 @@ def quantize(
         eps=None if norm is None else norm.eps,
         batch=1 if norm is None else norm.gain.shape[0],
         activation=activation,
+        more=0 if more is None else more.shape[1],
     )
-    inputs = {"x": x}
+    inputs = {"x": x} if more is None else {"x": x, "more": more}
     if sub_formatbooks is not None:
         _check_sub_formatbooks(sub_formatbooks, task)
         inputs |= sub_formatbooks._asdict()
@@ -192,6 +198,15 @@ def _written(
     if residual_values is not None and residual_exponents is not None:
         residuals = rows(residual_values, residual_exponents)
     return Written(rows(values, exponents), residuals, metadata)
+
+
+def _check_more(more: jax.Array, rows: int) -> None:
+    fits = more.ndim == 2 and len(more) == rows and more.shape[1] and not more.shape[1] % STEP
+    if not fits or more.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"more: expected bfloat16[{rows}, a multiple of {STEP}], "
+            f"got {more.dtype}{list(more.shape)}"
+        )
 
 
 def _check_sub_formatbooks(sub: SubFormatbooks, task: Task) -> None:

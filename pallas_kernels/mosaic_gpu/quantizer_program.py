@@ -206,11 +206,24 @@ def _source(p: Program, task: Task, row: Register) -> tuple[Register, str]:
 
 def _load(p: Program, task: Task, lane: Lane, row: Register) -> list[Block]:
     """This thread's blocks; one that does not exist is zero."""
-    at = p.address(task.argument("x"), row, 2 * task.length)
-    at = p.address(at, lane.number, 2 * task.block)
+    own = task.length - task.more  # channels of x, in front of the others
+
+    def first_of(name: str, channels: int, before: int) -> Register:
+        """Where this thread's first block would be in an array, channels `before` it counted."""
+        at = p.address(task.argument(name), row, 2 * channels)
+        at = p.address(at, lane.number, 2 * task.block)
+        return p.address_before(at, 2 * before) if before else at
+
+    of_x = first_of("x", own, 0)
+    of_more = first_of("more", task.more, own) if task.more else of_x
     blocks = []
     for slot in range(task.slots):
         exists = lane.in_last if slot == task.slots - 1 else None
+        left = own // task.block - slot * task.config.threads  # blocks of x, from this slot on
+        if 0 < left < task.config.threads:
+            at = p.select_address(p.less(lane.number, left), of_x, of_more)
+        else:
+            at = of_x if left > 0 else of_more
         words = [p.new() for _ in range(task.block // 2)]
         if exists:
             for word in words:

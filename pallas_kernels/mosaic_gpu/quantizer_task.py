@@ -78,6 +78,7 @@ class Task:
       eps: of the layer norm in front; None for none.
       batch: how many rows of gains and shifts that has, each for M / batch rows.
       activation: in front, one of `quantizer_activation.PROGRAMS`, or None.
+      more: how many of a row's channels, the last ones, lie in an array of their own.
     """
 
     rows: int
@@ -90,6 +91,7 @@ class Task:
     eps: float | None = None
     batch: int = 1
     activation: str | None = None
+    more: int = 0
 
     @property
     def block(self) -> int:
@@ -121,6 +123,7 @@ class Task:
     def arguments(self) -> tuple[str, ...]:
         """Names of what the text calls $0, $1, ...: 64-bit addresses, and shared memory's."""
         optional = {
+            "more": self.more,
             "books": self.books,
             "group": self.books,
             "tokens": self.residuals,

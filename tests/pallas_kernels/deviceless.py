@@ -141,6 +141,7 @@ def compile_quantizer(
     batch: int = 0,
     metadata: bool = True,
     activation: str | None = None,
+    more: int = 0,
     **changes: Any,
 ) -> None:
     """One case, for an H100; `changes` are of the default Config.
@@ -153,6 +154,7 @@ def compile_quantizer(
       batch: of the norm in front; 0 for none.
       metadata: whether it is wanted.
       activation: in front.
+      more: channels in an array of their own.
       changes: of the default Config.
     """
     import jax
@@ -173,6 +175,8 @@ def compile_quantizer(
         optional["sub_formatbooks"] = SubFormatbooks(shape((65, books, 8), jnp.uint8), group)
     if residuals:
         optional["residual_of"] = shape((residuals,), jnp.int32)
+    if more:
+        optional["more"] = shape((m, more), jnp.bfloat16)
     gains = [shape((batch, k), jnp.float32)] * 2 if batch else []
 
     def quantised(x: Any, optional: dict[str, Any], gains: list[Any]) -> Any:
@@ -187,7 +191,7 @@ def compile_quantizer(
             num_sms=device.current().cores,
         )
 
-    _compile(quantised, shape((m, k), jnp.bfloat16), optional, gains)
+    _compile(quantised, shape((m, k - more), jnp.bfloat16), optional, gains)
 
 
 def compile_attention(

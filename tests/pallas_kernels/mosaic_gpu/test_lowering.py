@@ -8,6 +8,7 @@ import pytest
 import sdq
 from pallas_kernels import (
     Activated,
+    Concatenated,
     Normed,
     Projected,
     Quantized,
@@ -87,6 +88,15 @@ def test_a_gelu_is_done_on_the_way(hopper):
     x = abstract((2, 100, 608), jnp.bfloat16)
     text = jax.export.export(jax.jit(call), platforms=["cuda"])(x).mlir_module()
     assert text.count("mosaic_gpu_v2") == 1 and "stablehlo.tanh" not in text
+
+
+def test_two_arrays_are_rounded_where_they_are(hopper):
+    def call(x, more):
+        return quantize_rows(Concatenated(x=x, more=more), "sdq32:16")
+
+    x, more = (abstract((2, 100, width), jnp.bfloat16) for width in (96, 512))
+    text = jax.export.export(jax.jit(call), platforms=["cuda"])(x, more).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 1 and "stablehlo.concatenate" not in text
 
 
 def test_attention_reads_linears_results(hopper):

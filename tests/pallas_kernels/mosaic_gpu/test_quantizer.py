@@ -82,7 +82,9 @@ def run(x, task, books=None, group=None, tokens=None, modulation=None, *, blocks
         outputs += [values.view(ml_dtypes.float8_e4m3fn), np.full((count, 1), 0x77, np.int8)]
     if task.metadata:
         outputs.append(np.full((sum(counts), task.blocks), 0xEE, np.uint8))
-    inputs = [x, element_table(task.book), look_up_table(task.format)]
+    own = task.length - task.more
+    inputs = [x[:, :own], element_table(task.book), look_up_table(task.format)]
+    inputs += [x[:, own:]] if task.more else []
     inputs += [part for part in (books, group, tokens, modulation) if part is not None]
     ptx_machine.run(
         quantizer_program.program(task),
@@ -105,7 +107,17 @@ def check(got, want):
 
 
 def task_of(
-    shape, fmt, *, metadata=True, books=0, residuals=0, eps=None, batch=1, activation=None, **config
+    shape,
+    fmt,
+    *,
+    metadata=True,
+    books=0,
+    residuals=0,
+    eps=None,
+    batch=1,
+    activation=None,
+    more=0,
+    **config,
 ):
     return Task(
         rows=shape[0],
@@ -118,6 +130,7 @@ def task_of(
         eps=eps,
         batch=batch,
         activation=activation,
+        more=more,
     )
 
 
@@ -146,6 +159,22 @@ def test_rows_of_any_length(length, fmt, config, rng):
     task = task_of((17, length), fmt, **config)
     x = rows(17, length, rng)
     check(run(x, task, blocks=3), expected(x, task.format))
+
+
+@pytest.mark.parametrize(
+    "length, more, fmt, threads",
+    [
+        (1120, 800, "sdq32:16", 32),  # x ends in the middle of a slot
+        (1120, 96, "sdq32:16", 32),  # in the last, which not all have
+        (2080, 1056, "sdq32:32", 32),  # between two
+        (2080, 32, "sdq32:16", 128),
+    ],
+)
+def test_channels_in_two_arrays(length, more, fmt, threads, rng):
+    task = task_of((17, length), fmt, threads=threads, more=more, residuals=2)
+    x, tokens = rows(17, length, rng), np.array([3, 0], np.int32)
+    alone = dataclasses.replace(task, more=0)
+    check(run(x, task, tokens=tokens), run(x, alone, tokens=tokens))
 
 
 def test_the_default_cut(rng):
@@ -366,6 +395,7 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         {"m": 32760, "k": 13824, "books": 864, "residuals": 3276, "activation": "gelu"},
         {"m": 32760, "k": 5120, "batch": 2, "format": "sdq32:32"} | residuals,
         {"m": 32760, "k": 8960, "batch": 1},
+        {"m": 76544, "k": 15360, "more": 12288},
     ]
     for case, report in zip(cases, deviceless.compiled(tmp_path, cases, "quantizer"), strict=True):
         assert report.spilled == 0, case
@@ -392,6 +422,7 @@ def sub_of(books, group):
     [
         (((4, 64), jnp.float32), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
         (((64,),), "sdq32:16", {}, ValueError, "x: expected bfloat16"),
+        (((4, 64),), "sdq32:16", {"more": abstract((4, 48))}, ValueError, "more: expected bfloat"),
         (((4, 48),), "sdq32:16", {}, NotImplementedError, "K = 48: must be a multiple of 32"),
         (((4, 64),), "mxfp4", {}, NotImplementedError, "only dialect formats"),
         (((4, 1 << 16),), "sdq32:16", {}, NotImplementedError, "K = 65536: does not fit"),

@@ -95,6 +95,12 @@ def test_gelu_in_front(rng, length):
     assert np.mean((values[0] != values[1])[alike]) < 5e-3
 
 
+def test_channels_in_two_arrays(rng):
+    x = rows(400, 15360, rng)
+    own, more = (jnp.asarray(part) for part in (x[:, :3072], x[:, 3072:]))
+    check(run(own, "sdq32:16", more=more), run(x, "sdq32:16"))
+
+
 def test_runs_agree(rng):
     """No race: the same bits every time."""
     x = rows(4096, 5120, rng)
