@@ -163,8 +163,10 @@ def _mosaic_gpu(
     n, (*lead, k) = rows_of(w), values.shape
     values = values.reshape(-1, k)
     m = len(values)
-    fill_m, fill_n, fill_k = -m % operands.TILE_M, -n % operands.TILE_N, -k % operands.TILE_K
-    product: Any = matmul_few if isinstance(config, FewConfig) else matmul
+    few = isinstance(config, FewConfig)  # which fills up rows itself, if need be
+    fill_m = 0 if few else -m % operands.TILE_M
+    fill_n, fill_k = -n % operands.TILE_N, -k % operands.TILE_K
+    product: Any = matmul_few if few else matmul
     y = product(
         jnp.pad(values, ((0, fill_m), (0, fill_k))),
         None if exponents is None else jnp.pad(exponents.reshape(-1), (0, fill_m)),

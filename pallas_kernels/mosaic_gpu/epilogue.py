@@ -19,19 +19,23 @@ def finished(
     bias: jax.Array | None,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """activation(sums w_scale x_scale + bias), float32 `[N, M]` in `plgpu.Layout.WGMMA`.
+    """activation(sums w_scale x_scale + bias), float32 `[N, M]` in `plgpu.Layout.WGMMA`, or `[N]`.
 
     Args:
-      sums: of products, `[N, M]` in that layout.
-      x_scale: `[M]` in BY_X, or None for ones.
+      sums: of products, `[N, M]` in that layout; or `[N]` in BY_W, of one row of x.
+      x_scale: `[M]` in BY_X, or `[]`; None for ones.
       w_scale: `[N]` in BY_W.
       bias: likewise, or None.
       activation: of single numbers.
     """
-    shape = sums.shape
-    y = sums if x_scale is None else sums * lax.broadcast_in_dim(x_scale, shape, (1,))
-    y = y * lax.broadcast_in_dim(w_scale, shape, (0,))
-    return activation(y if bias is None else y + lax.broadcast_in_dim(bias, shape, (0,)))
+
+    def of_all(x: jax.Array, axis: int) -> jax.Array:
+        axes = tuple(range(sums.ndim))[axis : axis + x.ndim]
+        return lax.broadcast_in_dim(x, sums.shape, axes)
+
+    y = sums if x_scale is None else sums * of_all(x_scale, 1)
+    y = y * of_all(w_scale, 0)
+    return activation(y if bias is None else y + of_all(bias, 0))
 
 
 def store_transposed(ref: Any, y: jax.Array) -> None:

@@ -67,7 +67,7 @@ def matmul(
     if x.dtype.itemsize != config.x_bytes:
         raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
     m, _ = x.shape
-    n = w.words.shape[0]
+    _, n, _ = w.words.shape
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps = w.metadata.shape[0]
@@ -113,7 +113,7 @@ def matmul(
                     collective_axes="peer" if config.cluster > 1 else None,
                 )
                 plgpu.copy_gmem_to_smem(
-                    words_g.at[pl.ds(at_n, config.tile_n), pl.ds(k * 16, 16)],
+                    words_g.at[k, pl.ds(at_n, config.tile_n)],
                     words_s.at[slot],
                     barrier,
                 )

@@ -3,6 +3,10 @@
 out^T = W x^T, a tile of 64 weight rows at a time, by all warpgroups of a block together: each
 multiplies some of the channels, and one adds up what they found. Each decodes and then multiplies;
 while one waits for its numbers, others work.
+
+The least that tensor cores multiply with is eight rows. A single one is read as eight slots of its
+channels, so that nobody has to fill it up: of what a slot's weights give with these, one column
+counts.
 """
 
 import functools
@@ -31,6 +35,8 @@ from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
+SLOTS = 8  # that are read at once of a single row
+
 
 @functools.partial(
     jax.jit, static_argnames=("activation", "config", "out_dtype", "num_sms", "interpret")
@@ -48,14 +54,15 @@ def matmul_few(
     interpret: Any = None,
 ) -> jax.Array:
     """As `matmul.matmul`, for up to `config.rows` rows of x."""
-    m, _ = x.shape
+    m, length = x.shape
     if x.dtype.itemsize != config.x_bytes or m > config.rows:
         raise ValueError(f"config: {config} is not for {x.dtype}{list(x.shape)}")
-    n = w.words.shape[0]
+    _, n, _ = w.words.shape
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles, steps = n // ROWS, w.metadata.shape[0]
     halves, sharing = w.halves, config.warpgroups
     multiply: Any = products if interpret is None else products_plain
+    alone = m == 1 and config.rows == SLOTS and steps % SLOTS == 0
 
     def kernel(
         x_g, xe_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
@@ -77,10 +84,14 @@ def matmul_few(
                 def wait_until_read():
                     plgpu.barrier_wait(free.at[slot])
 
+                if alone:
+                    of_x = x_g.at[pl.ds(lax.div(k, SLOTS) * SLOTS, SLOTS)]
+                else:
+                    of_x = x_g.at[:, pl.ds(k * TILE_K, TILE_K)]
                 for of, to in (
-                    (words_g.at[pl.ds(at_n, ROWS), pl.ds(k * 16, 16)], words_s),
+                    (words_g.at[k, pl.ds(at_n, ROWS)], words_s),
                     (metadata_g.at[k, pl.ds(at_n * halves, ROWS * halves)], metadata_s),
-                    (x_g.at[:, pl.ds(k * TILE_K, TILE_K)], x_s),
+                    (of_x, x_s),
                 ):
                     plgpu.copy_gmem_to_smem(of, to.at[slot], full.at[slot])
                 return following(slot, config.stages)
@@ -95,6 +106,8 @@ def matmul_few(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
+            shape = ROWS, config.rows
+            columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=accumulator_layout())
 
             def operand(slot):
                 """Of `wgmma`: the weights of a slot."""
@@ -112,7 +125,10 @@ def matmul_few(
                 end = (turn + 1) * steps
                 at = pl.ds((first + turn * blocks) * ROWS, ROWS)
                 # Now, so that nobody waits for them at the end.
-                scale = None if xe_g is None else power_of_two(load(xe_g, BY_X).astype(jnp.int32))
+                scale = None
+                if xe_g is not None:
+                    exponents = xe_g[0] if alone else load(xe_g, BY_X)
+                    scale = power_of_two(exponents.astype(jnp.int32))
                 w_scale = load(ws_g.at[at], BY_W)
                 of_bias = None if bias_g is None else load(bias_g.at[at], BY_W)
                 finish = functools.partial(
@@ -126,6 +142,8 @@ def matmul_few(
                     product = multiply.begin(operand(slot), x_s.at[slot])
                     (product,) = multiply.arrived(product, pending=0)
                     plgpu.barrier_arrive(free.at[slot])
+                    if alone:
+                        product = jnp.where(columns == lax.rem(number, SLOTS), product, 0.0)
                     return total + product, number + sharing
 
                 zeros = jnp.zeros((ROWS, config.rows), jnp.float32)
@@ -156,9 +174,12 @@ def matmul_few(
                         total = total + load(sums_s.at[other], plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(sums_read)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store_transposed(out_s, finish(total).astype(out_dtype))
+                if alone:
+                    out_s[...] = finish(jnp.sum(total, axis=1)).astype(out_dtype)
+                else:
+                    store_transposed(out_s, finish(total).astype(out_dtype))
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, out_g.at[:, at])
+                plgpu.copy_smem_to_gmem(out_s, out_g.at[0 if alone else slice(None), at])
 
             lax.fori_loop(0, own, tile, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -168,7 +189,7 @@ def matmul_few(
     ring = functools.partial(swizzled, stages=config.stages)
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((config.rows, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((1 if alone else config.rows, n), out_dtype),
         grid=(min(num_sms, tiles),),
         grid_names=("block",),
         num_threads=sharing + 1,
@@ -179,7 +200,9 @@ def matmul_few(
             metadata_s=plgpu.SMEM((config.stages, ROWS * halves), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             sums_s=swizzled((ROWS, config.rows), jnp.float32, stages=max(1, sharing - 1)),
-            out_s=swizzled((config.rows, ROWS), out_dtype),
+            out_s=plgpu.SMEM((ROWS,), out_dtype)
+            if alone
+            else swizzled((config.rows, ROWS), out_dtype),
             weights_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
             free=plgpu.Barrier(num_barriers=config.stages),
@@ -194,10 +217,15 @@ def matmul_few(
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    more = config.rows - m
+    if alone:
+        x = x.reshape(steps, length // steps)
+    else:
+        x = jnp.pad(x, ((0, config.rows - m), (0, 0)))
+        if x_exponents is not None:
+            x_exponents = jnp.pad(x_exponents, (0, config.rows - m))
     y = call(
-        jnp.pad(x, ((0, more), (0, 0))),
-        None if x_exponents is None else jnp.pad(x_exponents, (0, more)),
+        x,
+        x_exponents,
         w.words,
         w.metadata,
         table,

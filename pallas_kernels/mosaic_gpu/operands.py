@@ -10,6 +10,8 @@ meets lie in that order too (`rows.interleave`).
             from the fourth on, 8 (j - 4) + 3: where they need a mask, or a shift and a mask
   metadata  one 32-bit word for the 4 steps of a tile of 128 channels, a byte each. Blocks of 16
             have two words, for the first and the second half of every step
+
+Both lie tile by tile: the kernel reads a few KiB in a row, not 64 bytes of each of many rows.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ class TiledWeight:
     """A QTensor `[N, K]` as the matmul reads it, filled up to whole tiles with zeros.
 
     Attributes:
-      words: codes, uint32 `[rows, tiles * 16]`.
+      words: codes, uint32 `[tiles, rows, 16]`.
       metadata: uint32 `[tiles, rows * halves]`, a row's halves side by side.
       scales: powers of two, float32 `[rows]`; NaN for a row that held NaN or Inf.
       format: of the numbers.
@@ -53,7 +55,7 @@ class TiledWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the kernel of a linear: `[*lead, K, N]`."""
-        return (*self.words.shape[:-2], self.length, self.count)
+        return (*self.words.shape[:-3], self.length, self.count)
 
     @property
     def halves(self) -> int:
@@ -84,7 +86,7 @@ def tile_weight(q: QTensor) -> TiledWeight:
     metadata = jnp.pad(metadata, ((0, more), (0, missing)))[:, :width]
     metadata = metadata.reshape(-1, tiles, 4, halves)  # a step's halves are neighbours
     return TiledWeight(
-        words=_words(codes.reshape(*codes.shape[:-1], -1, 8)),
+        words=_words(codes.reshape(-1, tiles, TILE_K // 8, 8)).swapaxes(0, 1),
         metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
         scales=jnp.pad(row_scales(exponents, bad=jnp.nan), (0, more)),
         format=q.format,

@@ -37,6 +37,9 @@ SMALL = Config(tile_m=64, stages=2)
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
         (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
         (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
+        (1, 200, 2048, "sdq32:16", FewConfig(rows=8, warpgroups=3, stages=6)),  # read as 16 rows
+        (1, 72, 1024, "sdq32:32", FewConfig(rows=8, warpgroups=1, stages=2, x_bytes=2)),
+        (1, 64, 640, "sdq32:16", FewConfig(rows=8, warpgroups=2, stages=4)),
         (40, 320, 256, "sdq32:32", FewConfig(rows=40, warpgroups=1, stages=2)),
         (24, 128, 1664, "sdq32:16", FewConfig(rows=24, warpgroups=3, stages=6, x_bytes=2)),
     ],
@@ -87,6 +90,7 @@ def reports(tmp_path_factory):
         "ragged": {"m": 1001, "n": 1001, "k": 1568, "format": "sdq32:32"},
         "gelu": shape | {"activation": "gelu"},
         "float32": shape | {"out_dtype": "float32"},
+        "one row": {"m": 1, "n": 5120, "k": 5120},
         "few rows": {"m": 40, "n": 5120, "k": 5120},
         "few rows of float32": {"m": 64, "n": 200, "k": 800, "out_dtype": "float32"},
         "bf16": shape | {"mode": BF16},
@@ -106,7 +110,8 @@ def test_compiled_for_a_hopper_gpu(reports):
         assert report.shared_memory <= SHARED_MEMORY, name
         if report.instructions:
             product = "HGMMA" if "bf16" in name else "QGMMA"
-            assert {product, "PRMT", "IDP", "UTMALDG", "UTMASTG"} <= report.instructions, name
+            stored = "UBLKCP" if name == "one row" else "UTMASTG"
+            assert {product, "PRMT", "IDP", "UTMALDG", stored} <= report.instructions, name
 
 
 @pytest.mark.parametrize("size", [(16, 5), (21, 4), (3, 7), (1, 1), (8, 3)])

@@ -16,12 +16,11 @@ FORMATS = ["sdq32:16", "sdq32:32", "sdq32:64", "dialectfp4:16", "e2m1:32"]
 
 
 def decode_all(tiled, dtype=jnp.float8_e4m3fn):
-    rows = tiled.words.shape[0]
     kind = {"halves": tiled.halves, "dtype": dtype}
     table = jnp.asarray(look_up_table(tiled.format, dtype))
     tiles = [
-        decoded(tiled.words[:, 16 * tile :][:, :16], metadata, table, **kind)
-        for tile, metadata in enumerate(tiled.metadata.reshape(-1, rows * tiled.halves))
+        decoded(words, metadata, table, **kind)
+        for words, metadata in zip(tiled.words, tiled.metadata, strict=True)
     ]
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
     numbers = np.concatenate([np.asarray(tile).view(bits) for tile in tiles], axis=1)
