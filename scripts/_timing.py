@@ -33,11 +33,17 @@ def compiled(
         return list(pool.map(one, calls))
 
 
-def median_seconds(function: Callable, runs: int) -> float:
-    """Median wall time of a call, after one call to warm up."""
+def median_seconds(function: Callable, runs: int, enough: float = math.inf) -> float:
+    """Median wall time of a call, after one call to warm up.
+
+    Args:
+      function: to call.
+      runs: how often at most; once at least.
+      enough: seconds after which no call begins any more.
+    """
     jax.block_until_ready(function())
-    seconds = []
-    for _ in range(runs):
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < runs and sum(seconds) < enough):
         start = time.perf_counter()
         jax.block_until_ready(function())
         seconds.append(time.perf_counter() - start)
