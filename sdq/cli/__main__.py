@@ -1,0 +1,7 @@
+"""python -m sdq.cli"""
+
+import sys
+
+from sdq.cli import main
+
+sys.exit(main())
