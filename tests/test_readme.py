@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from scripts import make_speed_table
 from sdq import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -66,3 +67,10 @@ def test_layout_in_readme_is_complete(folder):
     (part,) = re.findall(rf"^{folder}/.*\n((?:  .*\n)+)", README, re.MULTILINE)
     named = set(re.findall(r"^  ([a-z0-9_]+)\.py ", part, re.MULTILINE))
     assert named == {p.stem for p in (ROOT / folder).glob("[!_]*.py")}
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    (written,) = re.findall(
+        r"<!-- scripts.make_speed_table -->\n(.*?)\n<!-- end -->", README, re.DOTALL
+    )
+    assert written == make_speed_table.table()
