@@ -7,7 +7,15 @@ import json
 import re
 from typing import Any
 
-from pallas_kernels.mosaic_gpu.config import FEW, Config, FewConfig, fitted, heuristic, rows_of_few
+from pallas_kernels.mosaic_gpu.config import (
+    FEW,
+    MODES,
+    Config,
+    FewConfig,
+    fitted,
+    heuristic,
+    rows_of_few,
+)
 
 REACH = 2.0  # a measured m speaks for others up to so many times larger or smaller
 
@@ -19,7 +27,7 @@ def choose(
     measured = [
         entry
         for entry in table(device)
-        if (entry["mode"], entry["k"], entry["n"]) == (mode, k, n)
+        if (entry["mode"], entry["k"], entry["n"]) == (measured_mode(mode, m), k, n)
         and (entry["m"] <= FEW) == (m <= FEW)
         and max(entry["m"], m) <= REACH * min(entry["m"], m)
     ]
@@ -31,6 +39,11 @@ def choose(
         return fitted(few, out_bytes, most=few.stages)
     config = Config(**nearest["config"])
     return config if out_bytes <= 2 else fitted(config, out_bytes, most=config.stages)
+
+
+def measured_mode(mode: str, m: int) -> str:
+    """Under which mode m rows are measured: few are the same kernel in all that read fp8 rows."""
+    return "fast" if m <= FEW and mode in MODES else mode
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 
 from pallas_kernels import device, quantized_matmul
 from pallas_kernels.mosaic_gpu.config import BASES, BF16, Config, FewConfig, fitted, heuristic
-from pallas_kernels.tuning import as_entry, file_name
+from pallas_kernels.tuning import as_entry, file_name, measured_mode
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
 from scripts._products import operands, program, seconds_of_each
@@ -80,7 +80,9 @@ def main() -> None:
     for linear in LINEARS:
         for mode in args.modes:
             size = {"mode": mode, "m": linear.m, "k": linear.k, "n": linear.n}
-            if args.only not in str(linear) or any(size.items() <= e.items() for e in known):
+            if measured_mode(mode, linear.m) != mode or args.only not in str(linear):
+                continue
+            if any(size.items() <= e.items() for e in known):
                 continue
             print(f"{linear} ({mode})", flush=True)
             seconds, best = measure(linear, mode)[0]

@@ -3,7 +3,14 @@ import json
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY, Config, FewConfig, heuristic
+from pallas_kernels.mosaic_gpu.config import (
+    BF16,
+    MODES,
+    SHARED_MEMORY,
+    Config,
+    FewConfig,
+    heuristic,
+)
 from pallas_kernels.workloads import LINEARS
 
 
@@ -26,7 +33,9 @@ def test_the_nearest_that_was_measured(measured):
 @pytest.mark.parametrize("m, rows", [(49, 56), (30, 32)])
 def test_few_rows_are_as_many_as_there_are(measured, m, rows):
     expected = FewConfig(rows=rows, warpgroups=2, stages=6)
-    assert tuning.choose("fast", m, 1024, 512, "a GPU") == expected
+    for mode in MODES:  # the same kernel
+        assert tuning.choose(mode, m, 1024, 512, "a GPU") == expected
+    assert tuning.choose(BF16, m, 1024, 512, "a GPU").x_bytes == 2
 
 
 @pytest.mark.parametrize(
