@@ -16,59 +16,62 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import registers as asm
-from pallas_kernels.mosaic_gpu.operands import STEP, sign_bit
+from pallas_kernels.mosaic_gpu.config import ROWS, TILE_K
+from pallas_kernels.mosaic_gpu.operands import STEP, STEPS, WORDS, sign_bit, ungrouped
 from pallas_kernels.rows import interleave
 
 WORDS_PER_STEP = STEP // 8
-THREADS = 4  # that share a row
+THREADS = 128
+SHARING = 4  # threads that share a row
 SIGNS = 0x80808080
 INDICES = 0x77777777
 PAIRS = (0x5140, 0x7362)  # of low and high bytes: the first two bf16 numbers of four, the others
 
 
 def decode_magnitudes(
-    words: jax.Array, metadata: Any, table: Any, *, halves: int, dtype: Any
-) -> jax.Array:
+    group: Any, table: Any, *, halves: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
     """The first part of decoding a weight tile: all that can be done before the signs.
 
     Args:
-      words: uint32 `[rows, tile_k / 8]` in `word_layout()`.
-      metadata: SMEM ref, uint32 `[rows * halves]`.
+      group: SMEM ref, uint32 of `operands.grouped`.
       table: SMEM ref, uint32 of `tables.look_up_table`.
       halves: words of metadata of a row.
       dtype: e4m3 or bf16.
     Returns:
-      `[rows, tile_k]` in the layout of `wgmma`'s operand, for `add_signs` alone: in bf16 low and
-      high bytes are still apart.
+      Magnitudes `[64, TILE_K]` in the layout of `wgmma`'s operand, and words `[64, TILE_K / 8]` in
+      `word_layout()`: for `add_signs` alone, since in bf16 low and high bytes are still apart.
     """
-    rows, width = words.shape
-    steps = width // WORDS_PER_STEP
     wide = jnp.dtype(dtype).itemsize == 2
 
     @plgpu.inline_mgpu(
-        arg_types=(word_layout(), plgpu.RefType(), plgpu.RefType()),
-        return_type=_operand_type(rows, steps, dtype),
+        arg_types=(plgpu.RefType(), plgpu.RefType()),
+        return_type=(
+            _operand_type(dtype),
+            plgpu.ShapeDtypeStruct((ROWS, TILE_K // 8), jnp.uint32, layout=word_layout()),
+        ),
     )
-    def emit(_, words, metadata, table):
+    def emit(_, group, table):
         table_at = asm.address(table)
-        metadata_at = asm.add(asm.address(metadata), _own_metadata(halves))
-        held = words.registers.reshape(rows // 64, steps, 2)
-        out = _no_registers(rows, steps, dtype)
-        for part, eight in itertools.product(range(rows // 64), range(2)):
-            bytes_ = asm.load(metadata_at, 4 * halves * (64 * part + 8 * eight))
-            for step in range(steps):
-                entry = asm.dot_bytes(bytes_, table_entry(dtype) << (8 * step), table_at)
-                magnitudes = asm.load_words(entry, 4 if wide else 2)
-                index = asm.both(asm.scalar(held[part, step, eight]), INDICES)
-                for run in range(2):
-                    selector = asm.shift_right(index, 16 * run)
-                    for byte in range(len(magnitudes) // 2):
-                        first, last = magnitudes[2 * byte : 2 * byte + 2]
-                        four = asm.permute(first, last, selector)
-                        out[part, step, run, byte, eight] = asm.as_vector(four, dtype)
-        return _operand(out, rows, steps, dtype)
+        words, metadata = _own(asm.address(group), halves)
+        out = _no_registers(dtype)
+        for eight, step in itertools.product(range(2), range(STEPS)):
+            entry = asm.dot_bytes(metadata[eight], table_entry(dtype) << (8 * step), table_at)
+            magnitudes = asm.load_words(entry, 4 if wide else 2)
+            index = asm.both(words[step][eight], INDICES)
+            for run in range(2):
+                selector = asm.shift_right(index, 16 * run)
+                for byte in range(len(magnitudes) // 2):
+                    first, last = magnitudes[2 * byte : 2 * byte + 2]
+                    four = asm.permute(first, last, selector)
+                    out[step, run, byte, eight] = asm.as_vector(four, dtype)
+        layout = word_layout().to_mgpu()
+        shape = layout.registers_shape((ROWS, TILE_K // 8))
+        held = asm.as_vectors([word for of_step in words for word in of_step]).reshape(shape)
+        kept = fa.FragmentedArray(_registers=held, _layout=layout, _is_signed=False)
+        return _operand(out, dtype), kept
 
-    return emit(words, metadata, table)
+    return emit(group, table)
 
 
 def add_signs(magnitudes: jax.Array, words: jax.Array) -> jax.Array:
@@ -78,25 +81,23 @@ def add_signs(magnitudes: jax.Array, words: jax.Array) -> jax.Array:
     compiler makes every `wgmma` wait for the one before if its operand is defined while that one
     runs.
     """
-    rows, width = words.shape
-    steps, dtype = width // WORDS_PER_STEP, magnitudes.dtype
+    dtype = magnitudes.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=(_layouts(dtype)[0], word_layout()),
-        return_type=_operand_type(rows, steps, dtype),
+        arg_types=(_layouts(dtype)[0], word_layout()), return_type=_operand_type(dtype)
     )
     def emit(_, magnitudes, words):
-        held = words.registers.reshape(rows // 64, steps, 2)
-        out = magnitudes.registers.reshape(_no_registers(rows, steps, dtype).shape).copy()
-        for part, step, run, eight in itertools.product(*map(range, (*held.shape[:2], 2, 2))):
-            word = asm.scalar(held[part, step, eight])
+        held = words.registers.reshape(STEPS, 2)
+        out = magnitudes.registers.reshape(_no_registers(dtype).shape).copy()
+        for step, run, eight in itertools.product(range(STEPS), range(2), range(2)):
+            word = asm.scalar(held[step, eight])
             sign = asm.both(asm.shift_left(word, 4 * run), SIGNS)
-            *low, high = (asm.from_vector(value) for value in out[part, step, run, :, eight])
+            *low, high = (asm.from_vector(value) for value in out[step, run, :, eight])
             high = asm.either(high, sign)
             numbers = [asm.permute(low[0], high, pair) for pair in PAIRS] if low else [high]
             for at, number in enumerate(numbers):
-                out[part, step, run, at, eight] = asm.as_vector(number, dtype)
-        return _operand(out, rows, steps, dtype)
+                out[step, run, at, eight] = asm.as_vector(number, dtype)
+        return _operand(out, dtype)
 
     return emit(magnitudes, words)
 
@@ -113,48 +114,51 @@ def _layouts(dtype: Any) -> tuple[Any, fa.TiledLayout]:
     return plgpu.Layout.WGMMA, fa.WGMMA_LAYOUT
 
 
-def _operand_type(rows: int, steps: int, dtype: Any) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct((rows, steps * STEP), dtype, layout=_layouts(dtype)[0])
+def _operand_type(dtype: Any) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((ROWS, TILE_K), dtype, layout=_layouts(dtype)[0])
 
 
-def _no_registers(rows: int, steps: int, dtype: Any) -> np.ndarray:
-    """Room for them: 64 rows, step, run of four channels, register of a run, 8 rows."""
-    return np.empty((rows // 64, steps, 2, jnp.dtype(dtype).itemsize, 2), dtype=object)
+def _no_registers(dtype: Any) -> np.ndarray:
+    """Room for them: step, run of four channels, register of a run, 8 rows."""
+    return np.empty((STEPS, 2, jnp.dtype(dtype).itemsize, 2), dtype=object)
 
 
-def _operand(registers: np.ndarray, rows: int, steps: int, dtype: Any) -> fa.FragmentedArray:
+def _operand(registers: np.ndarray, dtype: Any) -> fa.FragmentedArray:
     _, layout = _layouts(dtype)
-    shape = layout.registers_shape((rows, steps * STEP))
+    shape = layout.registers_shape((ROWS, TILE_K))
     return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
 
 
-def _own_metadata(halves: int) -> asm.Register:
-    """Bytes to the metadata of this thread's first row: 16 rows a warp, four threads a row."""
+def _own(group: asm.Register, halves: int) -> tuple[list[list[asm.Register]], list[asm.Register]]:
+    """This thread's words, by step and row, and its rows' metadata; see `operands.grouped`."""
     thread = asm.thread()
-    row = asm.add(
-        asm.multiply(asm.shift_right(thread, 5), 16), asm.both(asm.shift_right(thread, 2), 7)
-    )
-    at = asm.multiply(row, 4 * halves)
-    return (
-        at if halves == 1 else asm.add(at, asm.multiply(asm.both(asm.shift_right(thread, 1), 1), 4))
-    )
+    at = asm.add(group, asm.multiply(thread, 4 * 4))
+    words = []
+    for pair in range(STEPS // 2):
+        four = asm.load_words(at, 4, 4 * 4 * THREADS * pair)
+        words += [four[:2], four[2:]]
+    number = asm.shift_right(thread, 2)  # among the pairs of rows
+    if halves == 2:
+        half = asm.both(asm.shift_right(thread, 1), 1)
+        number = asm.add(asm.multiply(number, 2), half)
+    metadata = asm.load_words(asm.add(group, asm.multiply(number, 2 * 4)), 2, 4 * WORDS)
+    return words, metadata
 
 
 def word_layout() -> Any:
     """A thread holds, of each of its rows, the word of its eight channels in each step."""
-    tiling = fa.Tiling(((64, THREADS), (16, THREADS), (8, THREADS), (1,)))
+    tiling = fa.Tiling(((ROWS, SHARING), (16, SHARING), (8, SHARING), (1,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def decoded(
-    words: jax.Array, metadata: jax.Array, table: jax.Array, *, halves: int, dtype: Any
-) -> jax.Array:
+def decoded(group: jax.Array, table: jax.Array, *, dtype: Any) -> jax.Array:
     """What both parts mean, in plain jnp; stands in for them where a kernel is interpreted."""
-    rows, width = words.shape
+    words, metadata = ungrouped(group)
+    rows, halves = metadata.shape
     wide = jnp.dtype(dtype).itemsize
-    table, metadata = table.reshape(256, wide, 2), metadata.reshape(rows, halves)
+    table = table.reshape(256, wide, 2)
     steps = []
-    for step in range(width // WORDS_PER_STEP):
+    for step in range(STEPS):
         of_word = [metadata[:, t * halves // WORDS_PER_STEP] for t in range(WORDS_PER_STEP)]
         entry = (jnp.stack(of_word, axis=1) >> 8 * step) & 0xFF
         magnitudes = table[entry.astype(jnp.int32)]  # [rows, words, bytes, 2]

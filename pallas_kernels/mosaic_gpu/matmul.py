@@ -24,9 +24,15 @@ from pallas_kernels.mosaic_gpu.config import (
     Config,
     consumer_registers,
 )
-from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
+from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
-from pallas_kernels.mosaic_gpu.memory import following, free_barrier, load, swizzled
+from pallas_kernels.mosaic_gpu.memory import (
+    copy_as_it_lies,
+    following,
+    free_barrier,
+    load,
+    swizzled,
+)
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
@@ -67,23 +73,17 @@ def matmul(
     if x.dtype.itemsize != config.x_bytes:
         raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
     m, _ = x.shape
-    _, n, _ = w.words.shape
+    n = w.rows
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
-    steps = w.metadata.shape[0]
-    halves = w.halves
-    width = ROWS * halves  # words of metadata of a warpgroup
-    parts = [  # of those of a slot: a copy is at most 256 wide
-        (at, min(256, config.warpgroups * width - at))
-        for at in range(0, config.warpgroups * width, 256)
-    ]
+    steps, groups, size = w.groups.shape
     at_once = config.pieces_at_once(jnp.dtype(out_dtype).itemsize)
     x_scales = -(-config.tile_m // 32) * 32  # copies are whole multiples of 128 bytes
     multiply: Any = products if interpret is None else products_plain
 
     def kernel(
-        x_g, xs_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
-        x_s, words_s, metadata_s, table_s, xs_s, ws_s, bias_s, out_s, weights_s,
+        x_g, xs_g, w_g, table_g, ws_g, bias_g, out_g,
+        x_s, w_s, table_s, xs_s, ws_s, bias_s, out_s, decoded_s,
         full, free, table_ready, scales_ready,
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
@@ -112,17 +112,9 @@ def matmul(
                     barrier,
                     collective_axes="peer" if config.cluster > 1 else None,
                 )
-                plgpu.copy_gmem_to_smem(
-                    words_g.at[k, pl.ds(at_n, config.tile_n)],
-                    words_s.at[slot],
-                    barrier,
-                )
-                for part, count in parts:
-                    plgpu.copy_gmem_to_smem(
-                        metadata_g.at[k, pl.ds(at_n * halves + part, count)],
-                        metadata_s.at[slot, pl.ds(part, count)],
-                        barrier,
-                    )
+                # The last may be half there; of what is not, no column is stored.
+                group = lax.min(lax.div(at_n, ROWS), groups - 1)
+                copy_as_it_lies(w_g.at[k, pl.ds(group, config.warpgroups)], w_s.at[slot], barrier)
 
             def tile(turn, slot):
                 at_m, at_n = place(turn)
@@ -154,27 +146,22 @@ def matmul(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
-            rows = pl.ds(group * ROWS, ROWS)
 
             def weights(slot):
-                """Of a slot, once it is full: magnitudes and words."""
+                """Of a slot, once it is full: magnitudes and words, or interpreted all at once."""
                 plgpu.barrier_wait(full.at[slot])
-                metadata = metadata_s.at[slot, pl.ds(group * width, width)]
                 if interpret is not None:
-                    words = words_s[slot, rows]
-                    parts = words, metadata[...], table_s[...]
-                    return decoded(*parts, halves=halves, dtype=x.dtype), words
-                words = load(words_s.at[slot, rows], word_layout())
-                held = decode_magnitudes(words, metadata, table_s, halves=halves, dtype=x.dtype)
-                return held, words
+                    return decoded(w_s[slot, group], table_s[...], dtype=x.dtype)
+                own = w_s.at[slot, group]
+                return decode_magnitudes(own, table_s, halves=w.halves, dtype=x.dtype)
 
             def operand(held):
                 """Of `wgmma`."""
                 if interpret is None:
                     return add_signs(*held)
-                weights_s[group], _ = held
+                decoded_s[group] = held
                 plgpu.commit_smem()
-                return weights_s.at[group]
+                return decoded_s.at[group]
 
             def multiplied(slot, held, onto=None):
                 """The product of a slot, the next slot, and its weights, decoded meanwhile."""
@@ -265,17 +252,16 @@ def matmul(
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
             x_s=ring((config.tile_m, TILE_K), x.dtype),
-            words_s=ring((config.tile_n, TILE_K // 8), jnp.uint32),
-            metadata_s=plgpu.SMEM((config.stages, config.warpgroups * width), jnp.uint32),
+            w_s=plgpu.SMEM((config.stages, config.warpgroups, size), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             xs_s=plgpu.SMEM((config.warpgroups, x_scales), jnp.float32),
             ws_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
             bias_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
-            weights_s=None
+            decoded_s=None
             if interpret is None
             else plgpu.SMEM((config.warpgroups, ROWS, TILE_K), x.dtype),
             out_s=swizzled((at_once, config.piece, ROWS), out_dtype, stages=config.warpgroups),
-            full=plgpu.Barrier(num_arrivals=2 + len(parts), num_barriers=config.stages),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             free=free_barrier(
                 readers=config.warpgroups, stages=config.stages, cluster=config.cluster
             ),
@@ -293,8 +279,7 @@ def matmul(
     return call(
         x,
         _padded(scales, config.tile_m, x_scales - config.tile_m),
-        w.words,
-        w.metadata,
+        w.groups,
         table,
         _padded(w.scales, config.tile_n * config.cluster),
         _padded(jnp.zeros(n) if bias is None else bias, config.tile_n * config.cluster),

@@ -27,9 +27,9 @@ from pallas_kernels.mosaic_gpu.config import (
     FewConfig,
     consumer_registers,
 )
-from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, word_layout
+from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
-from pallas_kernels.mosaic_gpu.memory import following, load, swizzled
+from pallas_kernels.mosaic_gpu.memory import copy_as_it_lies, following, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
@@ -57,16 +57,16 @@ def matmul_few(
     m, length = x.shape
     if x.dtype.itemsize != config.x_bytes or m > config.rows:
         raise ValueError(f"config: {config} is not for {x.dtype}{list(x.shape)}")
-    _, n, _ = w.words.shape
+    n = w.rows
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
-    tiles, steps = n // ROWS, w.metadata.shape[0]
-    halves, sharing = w.halves, config.warpgroups
+    steps, tiles, size = w.groups.shape
+    sharing = config.warpgroups
     multiply: Any = products if interpret is None else products_plain
     alone = m == 1 and config.rows == SLOTS and steps % SLOTS == 0
 
     def kernel(
-        x_g, xe_g, words_g, metadata_g, table_g, ws_g, bias_g, out_g,
-        x_s, words_s, metadata_s, table_s, sums_s, out_s, weights_s,
+        x_g, xe_g, w_g, table_g, ws_g, bias_g, out_g,
+        x_s, w_s, table_s, sums_s, out_s, decoded_s,
         full, free, table_ready, sums_written, sums_read,
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
@@ -78,7 +78,7 @@ def matmul_few(
 
             def fill(number, slot):
                 turn = lax.div(number, steps)
-                at_n, k = (first + turn * blocks) * ROWS, number - turn * steps
+                k = number - turn * steps
 
                 @pl.when(number >= config.stages)
                 def wait_until_read():
@@ -88,12 +88,8 @@ def matmul_few(
                     of_x = x_g.at[pl.ds(lax.div(k, SLOTS) * SLOTS, SLOTS)]
                 else:
                     of_x = x_g.at[:, pl.ds(k * TILE_K, TILE_K)]
-                for of, to in (
-                    (words_g.at[k, pl.ds(at_n, ROWS)], words_s),
-                    (metadata_g.at[k, pl.ds(at_n * halves, ROWS * halves)], metadata_s),
-                    (of_x, x_s),
-                ):
-                    plgpu.copy_gmem_to_smem(of, to.at[slot], full.at[slot])
+                copy_as_it_lies(w_g.at[k, first + turn * blocks], w_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(of_x, x_s.at[slot], full.at[slot])
                 return following(slot, config.stages)
 
             lax.fori_loop(0, own * steps, fill, 0)
@@ -112,13 +108,12 @@ def matmul_few(
             def operand(slot):
                 """Of `wgmma`: the weights of a slot."""
                 if interpret is None:
-                    words = load(words_s.at[slot], word_layout())
-                    parts = words, metadata_s.at[slot], table_s
-                    return add_signs(decode_magnitudes(*parts, halves=halves, dtype=x.dtype), words)
-                parts = words_s[slot], metadata_s[slot], table_s[...]
-                weights_s[group] = decoded(*parts, halves=halves, dtype=x.dtype)
+                    own = w_s.at[slot]
+                    held = decode_magnitudes(own, table_s, halves=w.halves, dtype=x.dtype)
+                    return add_signs(*held)
+                decoded_s[group] = decoded(w_s[slot], table_s[...], dtype=x.dtype)
                 plgpu.commit_smem()
-                return weights_s.at[group]
+                return decoded_s.at[group]
 
             def tile(turn, number):
                 """A slot of this warpgroup is `number`: those that differ by `sharing`."""
@@ -196,15 +191,14 @@ def matmul_few(
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
             x_s=ring((config.rows, TILE_K), x.dtype),
-            words_s=ring((ROWS, TILE_K // 8), jnp.uint32),
-            metadata_s=plgpu.SMEM((config.stages, ROWS * halves), jnp.uint32),
+            w_s=plgpu.SMEM((config.stages, size), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             sums_s=swizzled((ROWS, config.rows), jnp.float32, stages=max(1, sharing - 1)),
             out_s=plgpu.SMEM((ROWS,), out_dtype)
             if alone
             else swizzled((config.rows, ROWS), out_dtype),
-            weights_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
-            full=plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
+            decoded_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             free=plgpu.Barrier(num_barriers=config.stages),
             table_ready=plgpu.Barrier(),
             sums_written=plgpu.Barrier(num_arrivals=max(1, sharing - 1)),
@@ -226,8 +220,7 @@ def matmul_few(
     y = call(
         x,
         x_exponents,
-        w.words,
-        w.metadata,
+        w.groups,
         table,
         w.scales,
         bias,

@@ -25,6 +25,14 @@ def free_barrier(*, readers: int, stages: int, cluster: int) -> Any:
     )
 
 
+def copy_as_it_lies(of: Any, to: Any, barrier: Any) -> None:
+    """Global memory that lies together to shared memory: no tensor map, of any length.
+
+    What is behind the last of it stays undefined.
+    """
+    plgpu.copy_gmem_to_smem(of, to, barrier, oob_mode=plgpu.OOBFillMode.UNDEFINED)
+
+
 def following(slot: jax.Array, stages: int) -> jax.Array:
     """The next slot of a ring; a remainder would take longer."""
     return jnp.where(slot + 1 == stages, 0, slot + 1)

@@ -11,7 +11,8 @@ meets lie in that order too (`rows.interleave`).
   metadata  one 32-bit word for the 4 steps of a tile of 128 channels, a byte each. Blocks of 16
             have two words, for the first and the second half of every step
 
-Both lie tile by tile: the kernel reads a few KiB in a row, not 64 bytes of each of many rows.
+What a warpgroup needs of such a tile, words and metadata of 64 rows, lies together, so that one
+copy brings it, and in the order of threads, so that each reads its own four words at a time.
 """
 
 import dataclasses
@@ -27,8 +28,11 @@ from sdq import QTensor, qtensor
 from sdq.formats import Format
 
 STEP = 32  # channels of one wgmma
-TILE_N = 64  # rows, likewise the columns of the result: TMA copies whole tiles
+STEPS = TILE_K // STEP
+TILE_N = 64  # rows of a group, likewise the columns of the result
 TILE_M = 8  # rows of x and of the result
+WORDS = TILE_N * TILE_K // 8  # of a group
+ROWS_OF_GROUP = (4, 2, 8)  # warps, registers and lanes that hold one each
 
 
 @jax.tree_util.register_dataclass
@@ -37,16 +41,14 @@ class TiledWeight:
     """A QTensor `[N, K]` as the matmul reads it, filled up to whole tiles with zeros.
 
     Attributes:
-      words: codes, uint32 `[tiles, rows, 16]`.
-      metadata: uint32 `[tiles, rows * halves]`, a row's halves side by side.
+      groups: of `grouped`, uint32 `[tiles, rows / 64, WORDS + 64 * halves]`.
       scales: powers of two, float32 `[rows]`; NaN for a row that held NaN or Inf.
       format: of the numbers.
       count: N; rows is the next multiple of TILE_N.
       length: K.
     """
 
-    words: jax.Array
-    metadata: jax.Array
+    groups: jax.Array
     scales: jax.Array
     format: Format = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
@@ -55,7 +57,12 @@ class TiledWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the kernel of a linear: `[*lead, K, N]`."""
-        return (*self.words.shape[:-3], self.length, self.count)
+        return (*self.groups.shape[:-3], self.length, self.count)
+
+    @property
+    def rows(self) -> int:
+        """Filled up."""
+        return self.groups.shape[-2] * TILE_N
 
     @property
     def halves(self) -> int:
@@ -86,12 +93,38 @@ def tile_weight(q: QTensor) -> TiledWeight:
     metadata = jnp.pad(metadata, ((0, more), (0, missing)))[:, :width]
     metadata = metadata.reshape(-1, tiles, 4, halves)  # a step's halves are neighbours
     return TiledWeight(
-        words=_words(codes.reshape(-1, tiles, TILE_K // 8, 8)).swapaxes(0, 1),
-        metadata=_joined_bytes(metadata.transpose(1, 0, 3, 2)).reshape(tiles, -1),
+        groups=grouped(
+            _words(codes.reshape(-1, tiles, TILE_K // 8, 8)),
+            _joined_bytes(metadata.transpose(0, 1, 3, 2)),
+        ),
         scales=jnp.pad(row_scales(exponents, bad=jnp.nan), (0, more)),
         format=q.format,
         count=count,
         length=q.length,
+    )
+
+
+def grouped(words: jax.Array, metadata: jax.Array) -> jax.Array:
+    """Words `[rows, tiles, 16]` and metadata `[rows, tiles, halves]`, as the kernel reads them.
+
+    A lane takes its rows and words of two steps at once, a quarter of its warp those of a row.
+    """
+    tiles, halves = metadata.shape[1:]
+    words = words.reshape(-1, *ROWS_OF_GROUP, tiles, STEPS // 2, 2, 4)
+    words = words.transpose(4, 0, 5, 1, 3, 7, 6, 2)
+    metadata = metadata.reshape(-1, *ROWS_OF_GROUP, tiles, halves).transpose(4, 0, 1, 3, 5, 2)
+    parts = [part.reshape(*part.shape[:2], -1) for part in (words, metadata)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def ungrouped(group: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse for one group: words `[64, 16]` and metadata `[64, halves]`."""
+    warps, eights, lanes = ROWS_OF_GROUP
+    words = group[:WORDS].reshape(STEPS // 2, warps, lanes, 4, 2, eights)
+    metadata = group[WORDS:].reshape(warps, lanes, -1, eights)
+    return (
+        words.transpose(1, 5, 2, 0, 4, 3).reshape(TILE_N, -1),
+        metadata.transpose(0, 3, 1, 2).reshape(TILE_N, -1),
     )
 
 

@@ -170,7 +170,7 @@ def _multiply(
 
 def _fragmented(values: list[Any], columns: int, dtype: Any) -> fa.FragmentedArray:
     if jnp.dtype(dtype).itemsize == 4:
-        layout, registers = ACCUMULATOR, asm.as_floats(values)
+        layout, registers = ACCUMULATOR, asm.as_vectors(values)
     else:
         layout = fa.WGMMA_LAYOUT
         registers = np.empty(len(values), dtype=object)

@@ -73,14 +73,10 @@ def address(ref: Any) -> Register:
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
-def load(at: Register, offset: int = 0) -> Register:
-    """A word of shared memory."""
-    return llvm.load(i32(), _pointer(at, offset))
-
-
-def load_words(at: Register, count: int) -> list[Register]:
+def load_words(at: Register, count: int, offset: int = 0) -> list[Register]:
     """2 or 4 words of shared memory, aligned to as many."""
-    words = llvm.load(ir.VectorType.get((count,), i32()), _pointer(at, 0), alignment=4 * count)
+    kind = ir.VectorType.get((count,), i32())
+    words = llvm.load(kind, _pointer(at, offset), alignment=4 * count)
     return [vector.extract(words, [], [i]) for i in range(count)]
 
 
@@ -89,9 +85,9 @@ def scalar(value: Any) -> Register:
     return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value
 
 
-def as_floats(values: Sequence[Any]) -> np.ndarray:
-    """float32 scalars as Mosaic holds them, vectors of one."""
-    one = ir.VectorType.get((1,), ir.F32Type.get())
+def as_vectors(values: Sequence[Any]) -> np.ndarray:
+    """float32 or 32-bit scalars as Mosaic holds them, vectors of one."""
+    one = ir.VectorType.get((1,), values[0].type)
     held = np.empty(len(values), dtype=object)
     held[:] = [vector.broadcast(one, value) for value in values]
     return held

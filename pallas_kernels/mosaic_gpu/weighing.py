@@ -164,5 +164,5 @@ def _pairs(registers: list[Any], shape: tuple[int, ...]) -> fa.FragmentedArray:
 
 def _array(values: list[Any], shape: tuple[int, ...], layout: Any) -> fa.FragmentedArray:
     return fa.FragmentedArray(
-        _registers=asm.as_floats(values).reshape(shape), _layout=layout, _is_signed=None
+        _registers=asm.as_vectors(values).reshape(shape), _layout=layout, _is_signed=None
     )

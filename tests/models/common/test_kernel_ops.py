@@ -67,7 +67,7 @@ def test_kernels_are_reordered_once(quantised):
     before, after = (tree["blocks"]["ffn"]["up"]["kernel"] for tree in (quantised, tiled))
     assert isinstance(after, TiledWeight) and after.shape == before.shape
     one = jax.tree.map(lambda part: part[1], after)
-    assert one.shape == before.shape[1:] and one.words.ndim == 3
+    assert one.shape == before.shape[1:] and one.groups.ndim == 3
     assert tiled["blocks"]["ffn"]["up"]["bias"] is quantised["blocks"]["ffn"]["up"]["bias"]
     embedder = quantize(jnp.ones((64, 32)), "int8", axis=0)
     assert tile_kernels({"kernel": embedder})["kernel"] is embedder

@@ -5,7 +5,7 @@ import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu.decode import decoded
-from pallas_kernels.mosaic_gpu.operands import TILE_K, tile_weight
+from pallas_kernels.mosaic_gpu.operands import TILE_K, WORDS, tile_weight
 from pallas_kernels.mosaic_gpu.tables import look_up_table, misfit
 from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
@@ -16,11 +16,10 @@ FORMATS = ["sdq32:16", "sdq32:32", "sdq32:64", "dialectfp4:16", "e2m1:32"]
 
 
 def decode_all(tiled, dtype=jnp.float8_e4m3fn):
-    kind = {"halves": tiled.halves, "dtype": dtype}
     table = jnp.asarray(look_up_table(tiled.format, dtype))
     tiles = [
-        decoded(words, metadata, table, **kind)
-        for words, metadata in zip(tiled.words, tiled.metadata, strict=True)
+        np.concatenate([decoded(group, table, dtype=dtype) for group in groups])
+        for groups in tiled.groups
     ]
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
     numbers = np.concatenate([np.asarray(tile).view(bits) for tile in tiles], axis=1)
@@ -84,8 +83,9 @@ def test_mxfp4_is_exact_within_its_window(rng):
 def test_the_bits_are_only_reordered(rng):
     q = sdq.quantize(jnp.asarray(rng.randn(64, 256), jnp.float32), "sdq32:16")
     tiled = tile_weight(q)
-    assert tiled.words.nbytes == q.codes.nbytes and tiled.metadata.nbytes == q.scales.nbytes
-    for part, other in ((tiled.words, q.codes), (tiled.metadata, q.scales)):
+    parts = tiled.groups[..., :WORDS], tiled.groups[..., WORDS:]
+    for part, other in zip(parts, (q.codes, q.scales), strict=True):
+        assert part.nbytes == other.nbytes
         ones = [np.unpackbits(np.asarray(array).view(np.uint8)).sum() for array in (part, other)]
         assert ones[0] == ones[1]
 
