@@ -8,9 +8,26 @@ import jax.numpy as jnp
 from pallas_kernels.reference import ACTIVATIONS
 
 
+class _FromX:
+    """What numbers that are made of an x have in common."""
+
+    __slots__ = ()
+    x: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of x, which the numbers are rounded to."""
+        return self.x.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Normed:
+class Normed(_FromX):
     """Stands for LN(x) gain + shift `[B, S, K]`, float32 inside.
 
     Attributes:
@@ -25,20 +42,10 @@ class Normed:
     shift: jax.Array
     eps: float = dataclasses.field(metadata={"static": True})
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of x."""
-        return self.x.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of x, which the numbers are rounded to."""
-        return self.x.dtype
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Activated:
+class Activated(_FromX):
     """Stands for activation(x), float32 inside.
 
     Attributes:
@@ -49,20 +56,10 @@ class Activated:
     x: jax.Array
     activation: str | None = dataclasses.field(metadata={"static": True})
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of x."""
-        return self.x.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of x, which the numbers are rounded to."""
-        return self.x.dtype
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Concatenated:
+class Concatenated(_FromX):
     """Stands for the channels of x and behind them those of more, `[B, S, K + K']`.
 
     Attributes:
@@ -77,11 +74,6 @@ class Concatenated:
     def shape(self) -> tuple[int, ...]:
         """Of both."""
         return (*self.x.shape[:-1], self.x.shape[-1] + self.more.shape[-1])
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of x."""
-        return self.x.dtype
 
 
 Deferred = Normed | Activated | Concatenated

@@ -13,6 +13,12 @@ import jax
 
 import sdq
 
+# Of pages whose rows `kept` may have found.
+OF_EARLIER_RUNS = (
+    "The command is the last one: rows that it did not measure are of earlier ones, with the same "
+    "device and versions."
+)
+
 
 def environment(script: str, **more: str) -> dict[str, str]:
     """Where and when numbers were made, and with which command line.

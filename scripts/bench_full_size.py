@@ -43,7 +43,7 @@ from scripts._timing import compiled, median_seconds, peak_bytes
 STEM = "full_size"
 RECIPE = recipes.with_embedders(recipes.named("plain_full_path"), "int8")
 STEPS = 6  # of the sampling
-ENOUGH = 10.0  # seconds of steps, which are long or many
+ENOUGH = 10.0  # seconds of a way's steps, after which no more are timed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +242,8 @@ def to_markdown(found: dict[str, Result], where: dict[str, str]) -> str:
         f"Random weights. Quantise: recipe `{RECIPE.name}`, from bf16 tensors in the host's memory "
         "to a checkpoint on disk. Load: from there to the device, in the kernels' order. Step: one "
         "video, no guidance; peak: of the compiled step, weights included. Sample: all of `sdq "
-        "sample`, loading and compiling included, with the model's guidance.",
+        "sample`, loading and compiling included, with the model's guidance. "
+        + results.OF_EARLIER_RUNS,
         *lines,
     )
 
@@ -256,7 +257,8 @@ def main() -> None:
         for model in args.models:
             out = [] if args.out is None else ["--out", args.out]
             command = [sys.executable, "-m", "scripts.bench_full_size", *out, "--models", model]
-            subprocess.run(command, check=True)
+            if failed := subprocess.run(command).returncode:
+                sys.exit(failed)
         return
     if reason := device.without_mosaic_gpu():
         parser.error(reason)

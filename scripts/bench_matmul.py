@@ -217,7 +217,7 @@ def to_markdown(speeds: list[Speed], wrong: Errors, where: dict[str, str]) -> st
         "first, the choice of dialects included; rows kept in bf16: only weights are quantised. "
         f"Up to {SHORT} tokens: {SHORT_PRODUCTS} products a call, {SHORT_WEIGHTS} weights in turn, "
         "dispatched while other work runs. "
-        "Least: the bytes that must move, at the speed of a copy.",
+        "Least: the bytes that must move, at the speed of a copy. " + results.OF_EARLIER_RUNS,
         *lines,
     )
 

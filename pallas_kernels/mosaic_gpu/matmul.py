@@ -113,8 +113,9 @@ def matmul(
                     collective_axes="peer" if config.cluster > 1 else None,
                 )
                 # The last may be half there; of what is not, no column is stored.
-                group = lax.min(lax.div(at_n, ROWS), groups - 1)
-                copy_as_it_lies(w_g.at[k, pl.ds(group, config.warpgroups)], w_s.at[slot], barrier)
+                first_group = lax.min(lax.div(at_n, ROWS), groups - 1)
+                of_w = w_g.at[k, pl.ds(first_group, config.warpgroups)]
+                copy_as_it_lies(of_w, w_s.at[slot], barrier)
 
             def tile(turn, slot):
                 at_m, at_n = place(turn)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.kernel_ops import Products, on_kernels, tile_kernels, without_kernels
+from models.common.full_path import FullPath
+from models.common.kernel_ops import (
+    Products,
+    on_kernels,
+    prepared_attention,
+    tile_kernels,
+    without_kernels,
+)
 from models.common.layers import Ops
 from models.common.quantizer import InputQuantizer, SiteRule
 from models.common.semantic import Decomposition, SemanticDialect, Sharing
@@ -71,6 +78,11 @@ def test_kernels_are_reordered_once(quantised):
     assert tiled["blocks"]["ffn"]["up"]["bias"] is quantised["blocks"]["ffn"]["up"]["bias"]
     embedder = quantize(jnp.ones((64, 32)), "int8", axis=0)
     assert tile_kernels({"kernel": embedder})["kernel"] is embedder
+
+
+def test_what_comes_before_attention_is_a_kernel_s_unless_attention_does_it():
+    assert on_kernels(Ops()).attention is prepared_attention
+    assert on_kernels(Ops(attention=FullPath())).attention == FullPath()
 
 
 def test_inputs_in_bf16_take_the_kernel_too(quantised):

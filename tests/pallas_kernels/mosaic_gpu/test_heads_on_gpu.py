@@ -55,6 +55,7 @@ def test_bf16(case):
         case.task = dataclasses.replace(case.task, rotate=False)
     expected, x = case.expected(), projected(case)
     found = np.asarray(prepare_heads(x, implementation="mosaic_gpu"), np.float64)
+    # A neighbour among bf16 numbers at most; what cancels in a rotation is as exact as its terms.
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 * abs(expected).max())
     again = np.asarray(prepare_heads(x, implementation="reference"), np.float64)
     assert off(found, again) < 2**-8

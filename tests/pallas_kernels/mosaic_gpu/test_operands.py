@@ -1,3 +1,5 @@
+import itertools
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu.decode import decoded
-from pallas_kernels.mosaic_gpu.operands import TILE_K, WORDS, tile_weight
+from pallas_kernels.mosaic_gpu.operands import TILE_K, WORDS, grouped, tile_weight
 from pallas_kernels.mosaic_gpu.tables import look_up_table, misfit
 from pallas_kernels.rows import deinterleave, interleave
 from sdq import formatbook, formats
@@ -78,6 +80,23 @@ def test_mxfp4_is_exact_within_its_window(rng):
     expected = interleave(np.asarray(sdq.dequantize(q), np.float64)[good].astype(np.float32))
     got = (numbers * scales[:, None])[good].astype(np.float32)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_each_thread_s_words_lie_together(halves):
+    """What `decode._own` reads: nothing else on a CPU does it in the kernel's way."""
+    words = np.arange(128 * 3 * 16, dtype=np.uint32).reshape(128, 3, 16)
+    metadata = np.arange(128 * 3 * halves, dtype=np.uint32).reshape(128, 3, halves)
+    found = np.asarray(grouped(jnp.asarray(words), jnp.asarray(metadata)))
+    assert found.shape == (3, 2, WORDS + 64 * halves)
+    for group, thread, step, eight in itertools.product(range(2), range(128), range(4), range(2)):
+        warp, lane = divmod(thread, 32)
+        row = 64 * group + 16 * warp + 8 * eight + lane // 4  # as wgmma has it
+        at = 512 * (step // 2) + 4 * thread + 2 * (step % 2) + eight
+        assert found[1, group, at] == words[row, 1, 4 * step + lane % 4]
+        half = lane % 4 // 2 if halves == 2 else 0
+        at = WORDS + 2 * (halves * (thread // 4) + half) + eight
+        assert found[2, group, at] == metadata[row, 2, half]
 
 
 def test_the_bits_are_only_reordered(rng):

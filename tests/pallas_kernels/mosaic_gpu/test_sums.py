@@ -72,6 +72,13 @@ def test_the_accurate_mode_is_right_to_a_thousandth(rng, case):
     assert error(x, w, MODES["accurate"].promote) < 1e-3
 
 
+@pytest.mark.parametrize("case", ["uniform", "blocks over 3 octaves"])
+def test_why_it_does_not_promote_later(rng, case):
+    """After 256 channels, because after 384 some sums are not right to a thousandth."""
+    x, w = (CASES[case](rng, rng.randn(count, 2560)) for count in (4, 16))
+    assert error(x, w, 2) < 1e-3 < error(x, w, 3)
+
+
 def test_what_it_does_not_cure(rng):
     """Loud in the same channels of both operands, and nothing has a sign: the rest is cut off."""
     x, w = (abs(rng.randn(count, 2560)) for count in (4, 16))
