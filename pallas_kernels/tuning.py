@@ -36,7 +36,7 @@ def choose(
     nearest = min(measured, key=lambda entry: max(entry["m"], m) / min(entry["m"], m))
     if m <= FEW:
         few = FewConfig(**nearest["config"] | {"rows": rows_of_few(m)})
-        return fitted(few, out_bytes, most=few.stages)
+        return fitted(few, out_bytes)
     config = Config(**nearest["config"])
     return config if out_bytes <= 2 else fitted(config, out_bytes, most=config.stages)
 

@@ -28,6 +28,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "no exchange": {"exchange": False},
     "8 warps": {"warps": 8},
     "8 columns": {"columns": 8},
+    "a row ahead": {"ahead": True},
     **{f"{threads} threads": {"threads": threads} for threads in (32, 64, 128, 256)},
 }
 
@@ -56,7 +57,7 @@ def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
         config = dataclasses.replace(default, **change)
         if words_held(k, 16, config.threads) <= MOST_WORDS:
             found[name] = timed(config=config)
-            if change.keys() == {"threads"}:
+            if change.keys() & {"threads", "ahead"}:
                 found[f"norm in front, {name}"] = timed(norm=norm, config=config)
     return found
 

@@ -35,10 +35,9 @@ def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     base = heuristic(mode, m, n)
     yield base
     if isinstance(base, FewConfig):
-        for warpgroups, each in itertools.product((2, 3, 4, 5, 6), (2, 4)):
-            stages = warpgroups * each
-            few = dataclasses.replace(base, warpgroups=warpgroups, stages=stages)
-            yield fitted(few, 2, most=stages)
+        for warpgroups, each in itertools.product((2, 3, 4, 5), (3, 5)):
+            cut = {"warpgroups": warpgroups, "stages": warpgroups * each}
+            yield fitted(dataclasses.replace(base, **cut), 2)
         return
     for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
         changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)

@@ -88,8 +88,8 @@ class FewConfig:
     """
 
     rows: int = 64
-    warpgroups: int = 4
-    stages: int = 16
+    warpgroups: int = 3
+    stages: int = 12
     x_bytes: int = 1
 
     def __post_init__(self):
@@ -125,10 +125,7 @@ def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config | FewConf
     """For m rows of x and n of w that nobody has tuned; a mode of MODES, or BF16."""
     config = BASES[mode]
     if m <= FEW:
-        few = FewConfig(rows=rows_of_few(m), x_bytes=config.x_bytes)
-        if mode == BF16:  # whose operands take twice the registers
-            few = dataclasses.replace(few, warpgroups=3, stages=15)
-        return fitted(few, out_bytes, most=few.stages)
+        return fitted(FewConfig(rows=rows_of_few(m), x_bytes=config.x_bytes), out_bytes)
     if m <= config.tile_m - 64:
         config = dataclasses.replace(config, tile_m=-(-m // 64) * 64)
     if -(-n // config.tile_n) % config.cluster:  # one of the last blocks would work for nothing
@@ -152,7 +149,9 @@ def consumer_registers(warpgroups: int) -> int:
 
 
 def fitted(config: AnyConfig, out_bytes: int, most: int = 6) -> AnyConfig:
-    """With as many slots as there is room for."""
-    step = config.warpgroups if isinstance(config, FewConfig) else 1
+    """With as many slots as there is room for; for few rows, no more than it has."""
+    step = 1
+    if isinstance(config, FewConfig):
+        step, most = config.warpgroups, config.stages
     tried = (dataclasses.replace(config, stages=stages) for stages in range(most, 1, -step))
     return next(one for one in tried if one.shared_memory(out_bytes) <= SHARED_MEMORY)

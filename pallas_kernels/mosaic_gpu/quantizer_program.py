@@ -93,7 +93,33 @@ def program(task: Task) -> str:
     turns = p.let("mov.u32", "%nctaid.x")
     first = p.multiply_add(turn, task.rows_at_once, lane.group)
     step = p.multiply_add(turns, task.rows_at_once, 0)
-    p.strided("ROW", first, task.rows + task.residuals, step, lambda row: _row(p, task, lane, row))
+    end = task.rows + task.residuals
+    if not task.config.ahead:
+
+        def row(number: Register) -> None:
+            source = _source(p, task, number)
+            blocks = _blocks(p, task, lane)
+            _load(p, task, lane, source, blocks)
+            _row(p, task, lane, number, source, blocks)
+
+        p.strided("ROW", first, end, step, row)
+        return p.text()
+
+    # Behind the last row, that one again.
+    source = p.copy(_source(p, task, p.smaller(first, end - 1)))
+    following = _blocks(p, task, lane)
+    _load(p, task, lane, source, following)
+
+    def row_read_before(number: Register) -> None:
+        own, blocks = p.copy(source), _blocks(p, task, lane)
+        for block, of in zip(blocks, following, strict=True):
+            for word, other in zip(block.words, of.words, strict=True):
+                p.emit("mov.b32", word, other)
+        p.emit("mov.b32", source, _source(p, task, p.smaller(p.add(number, step), end - 1)))
+        _load(p, task, lane, source, following)
+        _row(p, task, lane, number, own, blocks)
+
+    p.strided("ROW", first, end, step, row_read_before)
     return p.text()
 
 
@@ -139,12 +165,14 @@ def _lane(p: Program, task: Task, thread: Register) -> Lane:
     )
 
 
-def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
-    """Quantise one row; one beyond M is what that left over of another, so it goes round twice."""
-    source, unfinished = row, None
-    if task.residuals:
-        source, unfinished = _source(p, task, row)
-    blocks = _load(p, task, lane, source)
+def _row(
+    p: Program, task: Task, lane: Lane, row: Register, source: Register, blocks: list[Block]
+) -> None:
+    """Quantise one row, `source` of x, which is in `blocks`.
+
+    One beyond M is what that left over of another, so it goes round twice.
+    """
+    unfinished = p.less(task.rows - 1, row) if task.residuals else None
     if task.activation is not None:
         for block in blocks:
             activate(p, task.activation, block.words)
@@ -195,17 +223,31 @@ def _row(p: Program, task: Task, lane: Lane, row: Register) -> None:
         _store(p, task, out, slot, block.exists, [NANS] * (task.block // 4), bad_byte)
 
 
-def _source(p: Program, task: Task, row: Register) -> tuple[Register, str]:
-    """Which row of x to read; and the condition that it is for its residual."""
-    is_residual = p.less(task.rows - 1, row)
+def _source(p: Program, task: Task, row: Register) -> Register:
+    """Which row of x to read."""
+    if not task.residuals:
+        return row
     source = p.copy(row)
     at = p.address(task.argument("tokens"), p.subtract(row, task.rows), 4)
-    p.load_into([source], "global.nc", at, when=is_residual)
-    return source, is_residual
+    p.load_into([source], "global.nc", at, when=p.less(task.rows - 1, row))
+    return source
 
 
-def _load(p: Program, task: Task, lane: Lane, row: Register) -> list[Block]:
-    """This thread's blocks; one that does not exist is zero."""
+def _blocks(p: Program, task: Task, lane: Lane) -> list[Block]:
+    """Registers for this thread's; one that does not exist is zero."""
+    blocks = []
+    for slot in range(task.slots):
+        exists = lane.in_last if slot == task.slots - 1 else None
+        words = [p.new() for _ in range(task.block // 2)]
+        if exists:
+            for word in words:
+                p.emit("mov.b32", word, 0)
+        blocks.append(Block(words, exists))
+    return blocks
+
+
+def _load(p: Program, task: Task, lane: Lane, row: Register, blocks: list[Block]) -> None:
+    """Read this thread's, if they exist."""
     own = task.length - task.more  # channels of x, in front of the others
 
     def first_of(name: str, channels: int, before: int) -> Register:
@@ -216,23 +258,15 @@ def _load(p: Program, task: Task, lane: Lane, row: Register) -> list[Block]:
 
     of_x = first_of("x", own, 0)
     of_more = first_of("more", task.more, own) if task.more else of_x
-    blocks = []
-    for slot in range(task.slots):
-        exists = lane.in_last if slot == task.slots - 1 else None
+    for slot, (words, exists) in enumerate(blocks):
         left = own // task.block - slot * task.config.threads  # blocks of x, from this slot on
         if 0 < left < task.config.threads:
             at = p.select_address(p.less(lane.number, left), of_x, of_more)
         else:
             at = of_x if left > 0 else of_more
-        words = [p.new() for _ in range(task.block // 2)]
-        if exists:
-            for word in words:
-                p.emit("mov.b32", word, 0)
         for first in range(0, len(words), 4):
             offset = 2 * slot * task.config.threads * task.block + 4 * first
             p.load_into(words[first : first + 4], "global.nc", at, offset, when=exists)
-        blocks.append(Block(words, exists))
-    return blocks
 
 
 def _masks(p: Program, task: Task, lane: Lane, row: Register) -> list[Masks | None]:

@@ -13,6 +13,8 @@ DIALECT_BYTES = 8
 # Threads of a row: the words of x that each may hold before more threads share the row.
 WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
 WORDS_WITH_NORM = 32  # whose gains and shifts want registers too
+WORDS_AHEAD = 24  # of a row that is read ahead: they are there twice
+THREADS_AHEAD = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +27,14 @@ class Config:
       columns: copies of the table; 16 leave no bank conflict.
       exchange: with blocks of 16, whether neighbours swap words to store 16 bytes at once, else
         each stores twice 8.
+      ahead: whether a row is read while the one before is worked on.
     """
 
     threads: int = 128
     warps: int = 16
     columns: int = 16
     exchange: bool = True
+    ahead: bool = False
 
     def __post_init__(self):
         """Refuse what no program can be written for."""
@@ -51,10 +55,16 @@ class Config:
 
 
 def default_config(length: int, block: int, *, norm: bool = False) -> Config:
-    """The fewest threads a row that leave each few enough words; measured on an H100."""
+    """The fewest threads a row that leave each few enough words; measured on an H100.
+
+    The warps of a row wait for each other twice more with a norm: if they are many, and have room,
+    the next row comes meanwhile.
+    """
     for threads, most in WORDS_HELD.items():
-        if words_held(length, block, threads) <= (min(most, WORDS_WITH_NORM) if norm else most):
-            return Config(threads=threads)
+        words = words_held(length, block, threads)
+        if words <= (min(most, WORDS_WITH_NORM) if norm else most):
+            ahead = norm and words <= WORDS_AHEAD and threads >= THREADS_AHEAD
+            return Config(threads=threads, ahead=ahead)
     return Config(threads=max(WORDS_HELD))
 
 

@@ -58,7 +58,7 @@ def test_bf16(case):
     # A neighbour among bf16 numbers at most; what cancels in a rotation is as exact as its terms.
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 * abs(expected).max())
     again = np.asarray(prepare_heads(x, implementation="reference"), np.float64)
-    assert off(found, again) < 2**-8
+    assert off(found, again) < 3 * 2**-8  # the kernel rounds once, plain JAX twice
 
 
 def test_queries(case):

@@ -36,7 +36,7 @@ SMALL = Config(tile_m=64, stages=2)
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
         (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
-        (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
+        (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=6)),  # 1 slot for 3
         (1, 200, 2048, "sdq32:16", FewConfig(rows=8, warpgroups=3, stages=6)),  # read as 16 rows
         (1, 72, 1024, "sdq32:32", FewConfig(rows=8, warpgroups=1, stages=2, x_bytes=2)),
         (1, 64, 640, "sdq32:16", FewConfig(rows=8, warpgroups=2, stages=4)),
@@ -91,7 +91,7 @@ def reports(tmp_path_factory):
         "gelu": shape | {"activation": "gelu"},
         "float32": shape | {"out_dtype": "float32"},
         "one row": {"m": 1, "n": 5120, "k": 5120},
-        "few rows": {"m": 40, "n": 5120, "k": 5120},
+        "few rows": {"m": 64, "n": 5120, "k": 5120},
         "few rows of float32": {"m": 64, "n": 200, "k": 800, "out_dtype": "float32"},
         "bf16": shape | {"mode": BF16},
         "few rows in bf16": shape | {"m": 64, "mode": BF16},

@@ -283,6 +283,19 @@ def test_gelu_in_front(length, threads, rng):
     assert np.mean((values[0] != values[1]) & ~np.isnan(values[1])) < 1e-3
 
 
+@pytest.mark.parametrize("count, length, threads", [(29, 1056, 64), (3, 608, 32), (1, 64, 32)])
+def test_rows_read_ahead(count, length, threads, rng):
+    """Also behind the last, and rows whose residual is wanted."""
+    x = rows(32, length, rng)[:count]
+    tokens = rng.randint(0, count, 5).astype(np.int32)
+    for ahead in (False, True):
+        task = task_of(x.shape, "sdq32:32", threads=threads, residuals=5, ahead=ahead)
+        found = run(x, task, None, None, tokens, seed=4)
+        if not ahead:
+            want = found
+    check(found, want)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_warps_may_race(seed, rng):
     """Rows of several warps, one after the other, in different interleavings."""
@@ -327,6 +340,12 @@ def test_default_cut_holds_every_row_in_registers():
     for block in (16, 32):
         for length in range(32, 28672, 32):
             default_config(length, block)
+
+
+def test_next_row_is_read_ahead_where_warps_wait_for_a_norm():
+    assert default_config(5120, 16, norm=True) == Config(threads=128, ahead=True)
+    assert not default_config(5120, 16).ahead
+    assert not any(default_config(k, 16, norm=True).ahead for k in (1536, 3072, 13824))
 
 
 @pytest.mark.parametrize(
@@ -388,6 +407,11 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
     cases = [
         *({"m": 32760, "k": k} for k in (1536, 3072, 5120, 8960, 13824)),
         {"m": 32760, "k": 5120, "exchange": False, "metadata": False},
+        {"m": 32760, "k": 5120, "ahead": True},
+        *(
+            {"m": 32760, "k": k, "books": k // 16, "residuals": 3276, "batch": 1, "metadata": False}
+            for k in (1536, 3072, 5120)
+        ),
         {"m": 32760, "k": 13824, "format": "sdq32:32"},
         {"m": 33, "k": 28672, "format": "e2m1:16"},
         {"m": 32760, "k": 5120} | residuals,
