@@ -36,7 +36,7 @@ SMALL = Config(tile_m=64, stages=2)
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
         (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
-        (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=6)),  # 1 slot for 3
+        (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
         (1, 200, 2048, "sdq32:16", FewConfig(rows=8, warpgroups=3, stages=6)),  # read as 16 rows
         (1, 72, 1024, "sdq32:32", FewConfig(rows=8, warpgroups=1, stages=2, x_bytes=2)),
         (1, 64, 640, "sdq32:16", FewConfig(rows=8, warpgroups=2, stages=4)),

@@ -288,11 +288,9 @@ def test_rows_read_ahead(count, length, threads, rng):
     """Also behind the last, and rows whose residual is wanted."""
     x = rows(32, length, rng)[:count]
     tokens = rng.randint(0, count, 5).astype(np.int32)
-    for ahead in (False, True):
-        task = task_of(x.shape, "sdq32:32", threads=threads, residuals=5, ahead=ahead)
-        found = run(x, task, None, None, tokens, seed=4)
-        if not ahead:
-            want = found
+    cut = {"threads": threads, "residuals": 5}
+    tasks = [task_of(x.shape, "sdq32:32", **cut, ahead=ahead) for ahead in (False, True)]
+    want, found = (run(x, task, None, None, tokens, seed=4) for task in tasks)
     check(found, want)
 
 
