@@ -4,8 +4,8 @@
 
 From bf16 tensors in the host's memory, in a published key layout, by the code that `sdq quantize`
 and `sdq sample` run. Steps: one video, no guidance. Models that the folder's page holds of the same
-device and versions are kept. On 80 GB of memory: XLA_PYTHON_CLIENT_PREALLOCATE=false and
-XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
+device and versions are kept, but with --again. On 80 GB of memory:
+XLA_PYTHON_CLIENT_PREALLOCATE=false and XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 """
 
 import contextlib
@@ -252,11 +252,13 @@ def main() -> None:
     """Measure what is missing and write JSON and Markdown."""
     parser = results.parser(__doc__)
     parser.add_argument("--models", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--again", action="store_true", help="measure what the page holds, too")
     args = parser.parse_args()
     if len(args.models) > 1:  # each in a process of its own, whose memory is only for that
+        options = [] if args.out is None else ["--out", args.out]
+        options += ["--again"] * args.again
         for model in args.models:
-            out = [] if args.out is None else ["--out", args.out]
-            command = [sys.executable, "-m", "scripts.bench_full_size", *out, "--models", model]
+            command = [sys.executable, "-m", "scripts.bench_full_size", *options, "--models", model]
             if failed := subprocess.run(command).returncode:
                 sys.exit(failed)
         return
@@ -266,18 +268,19 @@ def main() -> None:
     before = results.kept(args.out, STEM, where)
     found = {name: Result(**row) for name, row in before.get("results", {}).items()}
     for model in args.models:
-        if model in found:
+        if model in found and not args.again:
+            print(f"== {model}: kept, measured before", flush=True)
             continue
         print(f"== {model}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found[model] = measure(model, pathlib.Path(folder) / "checkpoint")
+        found = {name: found[name] for name in CASES if name in found}
         if args.out:
-            ordered = {name: found[name] for name in CASES if name in found}
             document = {
                 "environment": where,
-                "results": {name: dataclasses.asdict(row) for name, row in ordered.items()},
+                "results": {name: dataclasses.asdict(row) for name, row in found.items()},
             }
-            results.write(args.out, STEM, to_markdown(ordered, where), document)
+            results.write(args.out, STEM, to_markdown(found, where), document)
     print(to_markdown(found, where))
 
 

@@ -283,14 +283,19 @@ def test_gelu_in_front(length, threads, rng):
     assert np.mean((values[0] != values[1]) & ~np.isnan(values[1])) < 1e-3
 
 
-@pytest.mark.parametrize("count, length, threads", [(29, 1056, 64), (3, 608, 32), (1, 64, 32)])
-def test_rows_read_ahead(count, length, threads, rng):
-    """Also behind the last, and rows whose residual is wanted."""
+@pytest.mark.parametrize(
+    "count, length, threads, eps",
+    [(29, 1056, 64, None), (3, 608, 32, None), (1, 64, 32, 1e-6), (10, 5120, 128, 1e-6)],
+)
+def test_rows_read_ahead(count, length, threads, eps, rng):
+    """Also behind the last, rows whose residual is wanted, and rows after a norm."""
     x = rows(32, length, rng)[:count]
     tokens = rng.randint(0, count, 5).astype(np.int32)
-    cut = {"threads": threads, "residuals": 5}
-    tasks = [task_of(x.shape, "sdq32:32", **cut, ahead=ahead) for ahead in (False, True)]
-    want, found = (run(x, task, None, None, tokens, seed=4) for task in tasks)
+    cut = {"threads": threads, "residuals": 5, "eps": eps}
+    tasks = [task_of(x.shape, "sdq32:16", **cut, ahead=ahead) for ahead in (False, True)]
+    gain, shift = rng.standard_normal((2, 1, length)).astype(np.float32)
+    modulation = None if eps is None else arranged(gain, shift, tasks[0])
+    want, found = (run(x, task, None, None, tokens, modulation, seed=4) for task in tasks)
     check(found, want)
 
 
