@@ -5,6 +5,7 @@ from typing import TypeVar
 
 ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
 TILE_K = 128  # channels of a slot
+THREADS = 128  # of a warpgroup
 SMALL_THINGS = 6144  # table and barriers
 FEW = 64  # rows of x with which a product only reads weights
 SHARED_MEMORY = 232448  # bytes of a Hopper block
@@ -143,7 +144,7 @@ def consumer_registers(warpgroups: int) -> int:
 
     Asking for one more would wait for ever.
     """
-    at_start = REGISTERS // (128 * (warpgroups + 1)) // 8 * 8
+    at_start = REGISTERS // (THREADS * (warpgroups + 1)) // 8 * 8
     left = at_start * (warpgroups + 1) - PRODUCER_REGISTERS
     return min(256, left // warpgroups // 8 * 8)
 

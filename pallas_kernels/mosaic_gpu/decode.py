@@ -16,26 +16,48 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import registers as asm
-from pallas_kernels.mosaic_gpu.config import ROWS, TILE_K
+from pallas_kernels.mosaic_gpu.config import ROWS, THREADS, TILE_K
 from pallas_kernels.mosaic_gpu.operands import STEP, STEPS, WORDS, sign_bit, ungrouped
 from pallas_kernels.rows import interleave
 
 WORDS_PER_STEP = STEP // 8
-THREADS = 128
 SHARING = 4  # threads that share a row
+WORDS_READ = 4  # at once
 SIGNS = 0x80808080
 INDICES = 0x77777777
 PAIRS = (0x5140, 0x7362)  # of low and high bytes: the first two bf16 numbers of four, the others
 
 
+def places() -> jax.Array:
+    """Where in a group each thread's words begin; for `decode_magnitudes`.
+
+    Once, for all tiles: made anew for each, it would delay the reads that everything waits for.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=_places_type())
+    def emit(_):
+        place = asm.kept(asm.multiply(asm.thread(), WORDS_READ * 4))
+        registers = asm.as_vectors([place])
+        layout = _places_type().layout.to_mgpu()
+        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=False)
+
+    return emit()
+
+
+def _places_type() -> plgpu.ShapeDtypeStruct:
+    layout = plgpu.Layout.WG_STRIDED((THREADS,), 1)
+    return plgpu.ShapeDtypeStruct((THREADS,), jnp.uint32, layout=layout)
+
+
 def decode_magnitudes(
-    group: Any, table: Any, *, halves: int, dtype: Any
+    group: Any, table: Any, places: jax.Array, *, halves: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The first part of decoding a weight tile: all that can be done before the signs.
 
     Args:
       group: SMEM ref, uint32 of `operands.grouped`.
       table: SMEM ref, uint32 of `tables.look_up_table`.
+      places: of `places`.
       halves: words of metadata of a row.
       dtype: e4m3 or bf16.
     Returns:
@@ -45,15 +67,16 @@ def decode_magnitudes(
     wide = jnp.dtype(dtype).itemsize == 2
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType()),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), _places_type().layout),
         return_type=(
             _operand_type(dtype),
             plgpu.ShapeDtypeStruct((ROWS, TILE_K // 8), jnp.uint32, layout=word_layout()),
         ),
     )
-    def emit(_, group, table):
+    def emit(_, group, table, places):
         table_at = asm.address(table)
-        words, metadata = _own(asm.address(group), halves)
+        place = asm.scalar(places.registers.flat[0])
+        words, metadata = _own(asm.address(group), place, halves)
         out = _no_registers(dtype)
         for eight, step in itertools.product(range(2), range(STEPS)):
             entry = asm.dot_bytes(metadata[eight], table_entry(dtype) << (8 * step), table_at)
@@ -71,7 +94,7 @@ def decode_magnitudes(
         kept = fa.FragmentedArray(_registers=held, _layout=layout, _is_signed=False)
         return _operand(out, dtype), kept
 
-    return emit(group, table)
+    return emit(group, table, places)
 
 
 def add_signs(magnitudes: jax.Array, words: jax.Array) -> jax.Array:
@@ -129,19 +152,21 @@ def _operand(registers: np.ndarray, dtype: Any) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
 
 
-def _own(group: asm.Register, halves: int) -> tuple[list[list[asm.Register]], list[asm.Register]]:
-    """This thread's words, by step and row, and its rows' metadata; see `operands.grouped`."""
-    thread = asm.thread()
-    at = asm.add(group, asm.multiply(thread, 4 * 4))
+def _own(
+    group: asm.Register, place: asm.Register, halves: int
+) -> tuple[list[list[asm.Register]], list[asm.Register]]:
+    """This thread's words, by step and row, and its rows' metadata; see `operands.grouped`.
+
+    The metadata first: what it says is to be looked up, what the words say is not.
+    """
+    sharing = SHARING // halves  # threads that read the same pair of words
+    own = asm.both(asm.shift_right(place, (2 * sharing).bit_length() - 1), -(2 * 4))
+    metadata = asm.load_words(asm.add(group, own), 2, 4 * WORDS)
     words = []
     for pair in range(STEPS // 2):
-        four = asm.load_words(at, 4, 4 * 4 * THREADS * pair)
+        at = 4 * WORDS_READ * THREADS * pair
+        four = asm.load_words(asm.add(group, place), WORDS_READ, at)
         words += [four[:2], four[2:]]
-    number = asm.shift_right(thread, 2)  # among the pairs of rows
-    if halves == 2:
-        half = asm.both(asm.shift_right(thread, 1), 1)
-        number = asm.add(asm.multiply(number, 2), half)
-    metadata = asm.load_words(asm.add(group, asm.multiply(number, 2 * 4)), 2, 4 * WORDS)
     return words, metadata
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic_gpu.config import (
     Config,
     consumer_registers,
 )
-from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded
+from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, places
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
 from pallas_kernels.mosaic_gpu.memory import (
     copy_as_it_lies,
@@ -147,14 +147,15 @@ def matmul(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
+            at: Any = places() if interpret is None else None
 
             def weights(slot):
                 """Of a slot, once it is full: magnitudes and words, or interpreted all at once."""
                 plgpu.barrier_wait(full.at[slot])
                 if interpret is not None:
                     return decoded(w_s[slot, group], table_s[...], dtype=x.dtype)
-                own = w_s.at[slot, group]
-                return decode_magnitudes(own, table_s, halves=w.halves, dtype=x.dtype)
+                of_w = w_s.at[slot, group]
+                return decode_magnitudes(of_w, table_s, at, halves=w.halves, dtype=x.dtype)
 
             def operand(held):
                 """Of `wgmma`."""

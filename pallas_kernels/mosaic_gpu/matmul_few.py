@@ -6,7 +6,7 @@ while one waits for its numbers, others work.
 
 The least that tensor cores multiply with is eight rows. A single one is read as eight slots of its
 channels, so that nobody has to fill it up: of what a slot's weights give with these, one column
-counts.
+counts. It is copied once, and its results leave from registers.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import products, products_plain
+from pallas_kernels.mosaic_gpu import memory, products, products_plain
 from pallas_kernels.mosaic_gpu.config import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -27,7 +27,7 @@ from pallas_kernels.mosaic_gpu.config import (
     FewConfig,
     consumer_registers,
 )
-from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded
+from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, places
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
 from pallas_kernels.mosaic_gpu.memory import copy_as_it_lies, following, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
@@ -35,7 +35,8 @@ from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
-SLOTS = 8  # that are read at once of a single row
+SLOTS = 8  # that are read as one operand of a single row
+MOST_SLOTS = 256  # of a single row: what a copy brings at most, and shared memory has room for
 
 
 @functools.partial(
@@ -62,12 +63,12 @@ def matmul_few(
     steps, tiles, size = w.groups.shape
     sharing = config.warpgroups
     multiply: Any = products if interpret is None else products_plain
-    alone = m == 1 and config.rows == SLOTS and steps % SLOTS == 0
+    alone = m == 1 and config.rows == SLOTS and steps % SLOTS == 0 and steps <= MOST_SLOTS
 
     def kernel(
         x_g, xe_g, w_g, table_g, ws_g, bias_g, out_g,
         x_s, w_s, table_s, sums_s, out_s, decoded_s,
-        full, free, table_ready, sums_written, sums_read,
+        full, free, table_ready, x_ready, sums_written, sums_read,
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
         first, blocks = lax.axis_index("block"), lax.axis_size("block")
@@ -76,23 +77,39 @@ def matmul_few(
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def fill(number, slot):
-                turn = lax.div(number, steps)
-                k = number - turn * steps
+            def copy_w(k, tile, slot):
+                copy_as_it_lies(w_g.at[k, tile], w_s.at[slot], full.at[slot])
 
-                @pl.when(number >= config.stages)
-                def wait_until_read():
-                    plgpu.barrier_wait(free.at[slot])
-
-                if alone:
-                    of_x = x_g.at[pl.ds(lax.div(k, SLOTS) * SLOTS, SLOTS)]
-                else:
-                    of_x = x_g.at[:, pl.ds(k * TILE_K, TILE_K)]
-                copy_as_it_lies(w_g.at[k, first + turn * blocks], w_s.at[slot], full.at[slot])
+            def copy_x(k, _, slot):
+                of_x = x_g.at[:, pl.ds(k * TILE_K, TILE_K)]
                 plgpu.copy_gmem_to_smem(of_x, x_s.at[slot], full.at[slot])
-                return following(slot, config.stages)
 
-            lax.fori_loop(0, own * steps, fill, 0)
+            def fill_all(copy):
+                """Its part of each slot in turn, once that is free."""
+
+                def fill(number, slot):
+                    turn = lax.div(number, steps)
+
+                    @pl.when(number >= config.stages)
+                    def wait_until_read():
+                        plgpu.barrier_wait(free.at[slot])
+
+                    copy(number - turn * steps, first + turn * blocks, slot)
+                    return following(slot, config.stages)
+
+                lax.fori_loop(0, own * steps, fill, 0)
+
+            if alone:
+                plgpu.copy_gmem_to_smem(x_g, x_s, x_ready)
+            copies = [copy_w] if alone else [copy_w, copy_x]
+
+            @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+            def by_warps():
+                """One copies weights, another one rows."""
+                for warp, copy in enumerate(copies):
+                    pl.when(lax.axis_index("warp") == warp)(functools.partial(fill_all, copy))
+
+            by_warps()
 
         def consume():
             plgpu.set_max_registers(consumer_registers(sharing), action="increase")
@@ -102,14 +119,18 @@ def matmul_few(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
+            if alone:
+                plgpu.barrier_wait(x_ready)
             shape = ROWS, config.rows
             columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=accumulator_layout())
+
+            place: Any = places() if interpret is None else None
 
             def operand(slot):
                 """Of `wgmma`: the weights of a slot."""
                 if interpret is None:
-                    own = w_s.at[slot]
-                    held = decode_magnitudes(own, table_s, halves=w.halves, dtype=x.dtype)
+                    of_w = w_s.at[slot]
+                    held = decode_magnitudes(of_w, table_s, place, halves=w.halves, dtype=x.dtype)
                     return add_signs(*held)
                 decoded_s[group] = decoded(w_s[slot], table_s[...], dtype=x.dtype)
                 plgpu.commit_smem()
@@ -133,8 +154,9 @@ def matmul_few(
                 def step(_, state):
                     total, number = state
                     slot = lax.rem(number, config.stages)
+                    at_x = lax.div(lax.rem(number, steps), SLOTS) if alone else slot
                     plgpu.barrier_wait(full.at[slot])
-                    product = multiply.begin(operand(slot), x_s.at[slot])
+                    product = multiply.begin(operand(slot), x_s.at[at_x])
                     (product,) = multiply.arrived(product, pending=0)
                     plgpu.barrier_arrive(free.at[slot])
                     if alone:
@@ -168,20 +190,20 @@ def matmul_few(
                     for other in range(sharing - 1):
                         total = total + load(sums_s.at[other], plgpu.Layout.WGMMA)
                     plgpu.barrier_arrive(sums_read)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if alone:
-                    out_s[...] = finish(jnp.sum(total, axis=1)).astype(out_dtype)
-                else:
-                    store_transposed(out_s, finish(total).astype(out_dtype))
+                    memory.store(out_g.at[0, at], finish(jnp.sum(total, axis=1)).astype(out_dtype))
+                    return
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store_transposed(out_s, finish(total).astype(out_dtype))
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, out_g.at[0 if alone else slice(None), at])
+                plgpu.copy_smem_to_gmem(out_s, out_g.at[:, at])
 
             lax.fori_loop(0, own, tile, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(group == sharing, produce, consume)
 
-    ring = functools.partial(swizzled, stages=config.stages)
+    slots_of_x = steps // SLOTS if alone else config.stages
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((1 if alone else config.rows, n), out_dtype),
@@ -190,17 +212,16 @@ def matmul_few(
         num_threads=sharing + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
-            x_s=ring((config.rows, TILE_K), x.dtype),
+            x_s=swizzled((config.rows, TILE_K), x.dtype, stages=slots_of_x),
             w_s=plgpu.SMEM((config.stages, size), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             sums_s=swizzled((ROWS, config.rows), jnp.float32, stages=max(1, sharing - 1)),
-            out_s=plgpu.SMEM((ROWS,), out_dtype)
-            if alone
-            else swizzled((config.rows, ROWS), out_dtype),
+            out_s=None if alone else swizzled((config.rows, ROWS), out_dtype),
             decoded_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            full=plgpu.Barrier(num_arrivals=1 if alone else 2, num_barriers=config.stages),
             free=plgpu.Barrier(num_barriers=config.stages),
             table_ready=plgpu.Barrier(),
+            x_ready=plgpu.Barrier(),
             sums_written=plgpu.Barrier(num_arrivals=max(1, sharing - 1)),
             sums_read=plgpu.Barrier(),
         ),
@@ -212,7 +233,7 @@ def matmul_few(
         **({} if interpret is None else {"interpret": interpret}),
     )
     if alone:
-        x = x.reshape(steps, length // steps)
+        x = x.reshape(slots_of_x, SLOTS, length // steps)
     else:
         x = jnp.pad(x, ((0, config.rows - m), (0, 0)))
         if x_exponents is not None:

@@ -41,3 +41,11 @@ def following(slot: jax.Array, stages: int) -> jax.Array:
 def load(ref: Any, layout: Any) -> jax.Array:
     """Into registers; `optimized` would insist on the fastest path that Mosaic knows."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11
+
+
+def store(ref: Any, y: jax.Array) -> None:
+    """From registers, each thread what it has: for so little that a copy would take longer."""
+    if simple := getattr(plgpu, "store", None):  # jax >= 0.12, where the other way is particular
+        simple(ref, y, optimized=False)
+    else:
+        ref[...] = y

@@ -80,6 +80,13 @@ def load_words(at: Register, count: int, offset: int = 0) -> list[Register]:
     return [vector.extract(words, [], [i]) for i in range(count)]
 
 
+def kept(a: Register) -> Register:
+    """a, which no compiler makes anew where it is used: each lane sends it to itself."""
+    return _asm(
+        "{ .reg .b32 lane; mov.u32 lane, %laneid; shfl.sync.idx.b32 $0, $1, lane, 31, -1; }", a
+    )
+
+
 def scalar(value: Any) -> Register:
     """A register that Mosaic holds as a vector of one."""
     return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value

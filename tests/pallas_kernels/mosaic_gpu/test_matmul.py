@@ -50,6 +50,10 @@ def test_interpreted(rng, capfd, m, n, k, fmt, config):
     from pallas_kernels.mosaic_gpu.matmul import matmul
     from pallas_kernels.mosaic_gpu.matmul_few import matmul_few
 
+    if isinstance(config, FewConfig) and jax.__version_info__ < (0, 12):
+        pytest.skip(
+            "the interpreter before jax 0.12 wants somebody to wait for the last free slots"
+        )
     numbers = jnp.asarray(rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1))), jnp.bfloat16)
     w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), fmt)
     bias = jnp.asarray(rng.randn(n), jnp.float32)
