@@ -29,9 +29,10 @@ PAIRS = (0x5140, 0x7362)  # of low and high bytes: the first two bf16 numbers of
 
 
 def places() -> jax.Array:
-    """Where in a group each thread's words begin; for `decode_magnitudes`.
+    """Bytes from the beginning of a group to each thread's words, uint32 `[THREADS]`.
 
-    Once, for all tiles: made anew for each, it would delay the reads that everything waits for.
+    For `decode_magnitudes`, once for all tiles: made anew for each, it would delay the reads that
+    everything waits for.
     """
 
     @plgpu.inline_mgpu(arg_types=(), return_type=_places_type())

@@ -147,7 +147,7 @@ def matmul(
                 plgpu.copy_gmem_to_smem(table_g, table_s, table_ready)
 
             plgpu.barrier_wait(table_ready)
-            at: Any = places() if interpret is None else None
+            words_at: Any = places() if interpret is None else None
 
             def weights(slot):
                 """Of a slot, once it is full: magnitudes and words, or interpreted all at once."""
@@ -155,7 +155,7 @@ def matmul(
                 if interpret is not None:
                     return decoded(w_s[slot, group], table_s[...], dtype=x.dtype)
                 of_w = w_s.at[slot, group]
-                return decode_magnitudes(of_w, table_s, at, halves=w.halves, dtype=x.dtype)
+                return decode_magnitudes(of_w, table_s, words_at, halves=w.halves, dtype=x.dtype)
 
             def operand(held):
                 """Of `wgmma`."""

@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
 SLOTS = 8  # that are read as one operand of a single row
-MOST_SLOTS = 256  # of a single row: what a copy brings at most, and shared memory has room for
+MOST_SLOTS = 256  # of a single row, which lies in shared memory as a whole
 
 
 @functools.partial(
@@ -124,13 +124,15 @@ def matmul_few(
             shape = ROWS, config.rows
             columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=accumulator_layout())
 
-            place: Any = places() if interpret is None else None
+            words_at: Any = places() if interpret is None else None
 
             def operand(slot):
                 """Of `wgmma`: the weights of a slot."""
                 if interpret is None:
                     of_w = w_s.at[slot]
-                    held = decode_magnitudes(of_w, table_s, place, halves=w.halves, dtype=x.dtype)
+                    held = decode_magnitudes(
+                        of_w, table_s, words_at, halves=w.halves, dtype=x.dtype
+                    )
                     return add_signs(*held)
                 decoded_s[group] = decoded(w_s[slot], table_s[...], dtype=x.dtype)
                 plgpu.commit_smem()

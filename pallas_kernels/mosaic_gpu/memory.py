@@ -1,4 +1,4 @@
-"""What Hopper kernels agree on about memory: swizzled tiles, rings of them, loads as they come."""
+"""What Hopper kernels agree on about memory: swizzled tiles, rings of them, plain loads, stores."""
 
 from typing import Any
 
@@ -44,8 +44,10 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def store(ref: Any, y: jax.Array) -> None:
-    """From registers, each thread what it has: for so little that a copy would take longer."""
-    if simple := getattr(plgpu, "store", None):  # jax >= 0.12, where the other way is particular
+    """To global memory, each thread what it has: for so little that a copy would take longer."""
+    if simple := getattr(
+        plgpu, "store", None
+    ):  # from jax 0.12 on; `=` insists on wide stores there
         simple(ref, y, optimized=False)
     else:
         ref[...] = y

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu.config import THREADS
 from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.ptx_kernel import run
 from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
@@ -174,7 +175,7 @@ def _quantize(task: Task, inputs: dict[str, jax.Array], num_sms: int) -> Written
         out_type=out_type,
         grid=(min(num_sms, -(-(m + n) // task.rows_at_once)),),
         grid_names=("block",),
-        num_threads=task.config.warps * WARP // 128,
+        num_threads=task.config.warps * WARP // THREADS,
         thread_name="warpgroup",
         scratch_types={"shared": plgpu.SMEM((task.shared_bytes,), jnp.uint8)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
