@@ -8,6 +8,7 @@ TILE_K = 128  # channels of a slot
 THREADS = 128  # of a warpgroup
 SMALL_THINGS = 6144  # table and barriers
 FEW = 64  # rows of x with which a product only reads weights
+DEEP = 2  # tiles of TILE_K channels in a slot of theirs
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 REGISTERS = 65536  # of an SM
 PRODUCER_REGISTERS = 24  # of a thread that only copies
@@ -84,13 +85,13 @@ class FewConfig:
     Attributes:
       rows: of x, all of them; a multiple of 8 up to FEW.
       warpgroups: that share the channels of 64 weight rows.
-      stages: slots of the ring, each for one warpgroup: a multiple of them.
+      stages: slots of the ring, DEEP tiles of channels each, for one warpgroup: a multiple of them.
       x_bytes: of a number of x: 1, fp8, or 2, bf16.
     """
 
     rows: int = 64
-    warpgroups: int = 3
-    stages: int = 12
+    warpgroups: int = 2
+    stages: int = 8
     x_bytes: int = 1
 
     def __post_init__(self):
@@ -107,7 +108,7 @@ class FewConfig:
 
     def shared_memory(self, out_bytes: int) -> int:
         """Bytes that a block needs; blocks of 16, results of `out_bytes` a number."""
-        slot = self.rows * TILE_K * self.x_bytes + ROWS * (TILE_K // 2 + 8)
+        slot = DEEP * (self.rows * TILE_K * self.x_bytes + ROWS * (TILE_K // 2 + 8))
         sums = (4 * max(1, self.warpgroups - 1) + out_bytes) * ROWS * self.rows
         return self.stages * slot + sums + SMALL_THINGS
 

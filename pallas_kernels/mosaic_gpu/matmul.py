@@ -31,6 +31,7 @@ from pallas_kernels.mosaic_gpu.memory import (
     following,
     free_barrier,
     load,
+    preceding,
     swizzled,
 )
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
@@ -101,7 +102,8 @@ def matmul(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def fill(slot, filled, at_m, at_n, k):
-                @pl.when(filled >= config.stages)
+                # Who multiplies signals the slot before; at first the last one, which nobody filled.
+                @pl.when(filled >= config.stages - 1)
                 def wait_until_read():
                     plgpu.barrier_wait(free.at[slot])
 
@@ -135,9 +137,10 @@ def matmul(
                 plgpu.barrier_wait(free.at[slot])
                 return following(slot, config.stages)
 
-            few = total < config.stages
-            left = jnp.where(few, total, config.stages - 1)
-            lax.fori_loop(0, left, drain, jnp.where(few, 0, following(slot, config.stages)))
+            last = config.stages - 1
+            few = total < last
+            left = jnp.where(few, total + 1, last)
+            lax.fori_loop(0, left, drain, jnp.where(few, last, following(slot, config.stages)))
 
         def consume():
             plgpu.set_max_registers(consumer_registers(config.warpgroups), action="increase")
@@ -168,10 +171,10 @@ def matmul(
             def multiplied(slot, held, onto=None):
                 """The product of a slot, the next slot, and its weights, decoded meanwhile."""
                 product = multiply.begin(operand(held), x_s.at[slot], onto=onto)
+                plgpu.barrier_arrive(free.at[preceding(slot, config.stages)])  # nobody waits now
                 then = following(slot, config.stages)
                 held = weights(then)
                 (product,) = multiply.arrived(product, pending=0)
-                plgpu.barrier_arrive(free.at[slot])
                 return product, then, held
 
             def summed(first, last, slot, held):
@@ -237,7 +240,8 @@ def matmul(
                     of_m = pl.ds(at_m + at, config.piece)
                     plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
 
-            lax.fori_loop(0, own, tile, (0, weights(0)))
+            slot, _ = lax.fori_loop(0, own, tile, (0, weights(0)))
+            plgpu.barrier_arrive(free.at[preceding(slot, config.stages)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(group == config.warpgroups, produce, consume)

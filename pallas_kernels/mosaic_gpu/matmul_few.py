@@ -1,11 +1,11 @@
 """The matmul of 4-bit weights and a few rows on Hopper: as fast as memory gives the weights.
 
 out^T = W x^T, a tile of 64 weight rows at a time, by all warpgroups of a block together: each
-multiplies some of the channels, and one adds up what they found. Each decodes and then multiplies;
-while one waits for its numbers, others work.
+multiplies some of the channels, and one adds up what they found. Each decodes a slot of DEEP tiles
+of channels, whose reads overlap, and then multiplies; while one waits for its numbers, others work.
 
-The least that tensor cores multiply with is eight rows. A single one is read as eight slots of its
-channels, so that nobody has to fill it up: of what a slot's weights give with these, one column
+The least that tensor cores multiply with is eight rows. A single one is read as eight tiles of its
+channels, so that nobody has to fill it up: of what a tile's weights give with these, one column
 counts. It is copied once, and its results leave from registers.
 """
 
@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import memory, products, products_plain
 from pallas_kernels.mosaic_gpu.config import (
+    DEEP,
     PRODUCER_REGISTERS,
     ROWS,
     TILE_K,
@@ -35,8 +36,8 @@ from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
-SLOTS = 8  # that are read as one operand of a single row
-MOST_SLOTS = 256  # of a single row, which lies in shared memory as a whole
+EIGHT = 8  # tiles of channels of a single row that are read as rows
+MOST_STEPS = 256  # tiles of a single row, which lies in shared memory as a whole
 
 
 @functools.partial(
@@ -61,9 +62,11 @@ def matmul_few(
     n = w.rows
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     steps, tiles, size = w.groups.shape
+    deep = min(DEEP, steps)  # a copy from behind the only tile of x would bring that one again
+    slots = pl.cdiv(steps, deep)  # that a tile of the result takes
     sharing = config.warpgroups
     multiply: Any = products if interpret is None else products_plain
-    alone = m == 1 and config.rows == SLOTS and steps % SLOTS == 0 and steps <= MOST_SLOTS
+    alone = m == 1 and config.rows == EIGHT and steps % EIGHT == 0 and steps <= MOST_STEPS
 
     def kernel(
         x_g, xe_g, w_g, table_g, ws_g, bias_g, out_g,
@@ -77,27 +80,31 @@ def matmul_few(
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def copy_w(k, tile, slot):
-                copy_as_it_lies(w_g.at[k, tile], w_s.at[slot], full.at[slot])
+            def copy_w(k, tile, slot, part):
+                # Of what is not there, any: its channels of x are zero.
+                of_w = w_g.at[lax.min(k, steps - 1), tile]
+                copy_as_it_lies(of_w, w_s.at[slot, part], full.at[slot])
 
-            def copy_x(k, _, slot):
+            def copy_x(k, _, slot, part):
                 of_x = x_g.at[:, pl.ds(k * TILE_K, TILE_K)]
-                plgpu.copy_gmem_to_smem(of_x, x_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(of_x, x_s.at[slot * deep + part], full.at[slot])
 
             def fill_all(copy):
                 """Its part of each slot in turn, once that is free."""
 
                 def fill(number, slot):
-                    turn = lax.div(number, steps)
+                    turn = lax.div(number, slots)
+                    first_k = (number - turn * slots) * deep
 
                     @pl.when(number >= config.stages)
                     def wait_until_read():
                         plgpu.barrier_wait(free.at[slot])
 
-                    copy(number - turn * steps, first + turn * blocks, slot)
+                    for part in range(deep):
+                        copy(first_k + part, first + turn * blocks, slot, part)
                     return following(slot, config.stages)
 
-                lax.fori_loop(0, own * steps, fill, 0)
+                lax.fori_loop(0, own * slots, fill, 0)
 
             if alone:
                 plgpu.copy_gmem_to_smem(x_g, x_s, x_ready)
@@ -126,21 +133,21 @@ def matmul_few(
 
             words_at: Any = places() if interpret is None else None
 
-            def operand(slot):
-                """Of `wgmma`: the weights of a slot."""
+            def operand(slot, part):
+                """Of `wgmma`: the weights of a tile of channels."""
                 if interpret is None:
-                    of_w = w_s.at[slot]
+                    of_w = w_s.at[slot, part]
                     held = decode_magnitudes(
                         of_w, table_s, words_at, halves=w.halves, dtype=x.dtype
                     )
                     return add_signs(*held)
-                decoded_s[group] = decoded(w_s[slot], table_s[...], dtype=x.dtype)
+                decoded_s[group, part] = decoded(w_s[slot, part], table_s[...], dtype=x.dtype)
                 plgpu.commit_smem()
-                return decoded_s.at[group]
+                return decoded_s.at[group, part]
 
             def tile(turn, number):
                 """A slot of this warpgroup is `number`: those that differ by `sharing`."""
-                end = (turn + 1) * steps
+                end = (turn + 1) * slots
                 at = pl.ds((first + turn * blocks) * ROWS, ROWS)
                 # Now, so that nobody waits for them at the end.
                 scale = None
@@ -156,14 +163,21 @@ def matmul_few(
                 def step(_, state):
                     total, number = state
                     slot = lax.rem(number, config.stages)
-                    at_x = lax.div(lax.rem(number, steps), SLOTS) if alone else slot
+                    first_k = lax.rem(number, slots) * deep
                     plgpu.barrier_wait(full.at[slot])
-                    product = multiply.begin(operand(slot), x_s.at[at_x])
-                    (product,) = multiply.arrived(product, pending=0)
+                    held = [operand(slot, part) for part in range(deep)]
+                    begun = []
+                    for part, of_w in enumerate(held):
+                        at_x = lax.div(first_k, EIGHT) if alone else slot * deep + part
+                        begun.append(multiply.begin(of_w, x_s.at[at_x]))
+                    found = multiply.arrived(*begun, pending=0)
                     plgpu.barrier_arrive(free.at[slot])
-                    if alone:
-                        product = jnp.where(columns == lax.rem(number, SLOTS), product, 0.0)
-                    return total + product, number + sharing
+                    for part, product in enumerate(found):
+                        if alone:
+                            column = lax.rem(first_k, EIGHT) + part
+                            product = jnp.where(columns == column, product, 0.0)
+                        total = total + product
+                    return total, number + sharing
 
                 zeros = jnp.zeros((ROWS, config.rows), jnp.float32)
                 zeros = plgpu.layout_cast(zeros, accumulator_layout())
@@ -205,7 +219,7 @@ def matmul_few(
 
         lax.cond(group == sharing, produce, consume)
 
-    slots_of_x = steps // SLOTS if alone else config.stages
+    tiles_of_x = steps // EIGHT if alone else config.stages * deep
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((1 if alone else config.rows, n), out_dtype),
@@ -214,13 +228,17 @@ def matmul_few(
         num_threads=sharing + 1,
         thread_name="warpgroup",
         scratch_types=dict[str, Any](
-            x_s=swizzled((config.rows, TILE_K), x.dtype, stages=slots_of_x),
-            w_s=plgpu.SMEM((config.stages, size), jnp.uint32),
+            x_s=swizzled((config.rows, TILE_K), x.dtype, stages=tiles_of_x),
+            w_s=plgpu.SMEM((config.stages, deep, size), jnp.uint32),
             table_s=plgpu.SMEM(table.shape, jnp.uint32),
             sums_s=swizzled((ROWS, config.rows), jnp.float32, stages=max(1, sharing - 1)),
             out_s=None if alone else swizzled((config.rows, ROWS), out_dtype),
-            decoded_s=None if interpret is None else plgpu.SMEM((sharing, ROWS, TILE_K), x.dtype),
-            full=plgpu.Barrier(num_arrivals=1 if alone else 2, num_barriers=config.stages),
+            decoded_s=None
+            if interpret is None
+            else plgpu.SMEM((sharing, deep, ROWS, TILE_K), x.dtype),
+            full=plgpu.Barrier(
+                num_arrivals=deep if alone else 2 * deep, num_barriers=config.stages
+            ),
             free=plgpu.Barrier(num_barriers=config.stages),
             table_ready=plgpu.Barrier(),
             x_ready=plgpu.Barrier(),
@@ -235,7 +253,7 @@ def matmul_few(
         **({} if interpret is None else {"interpret": interpret}),
     )
     if alone:
-        x = x.reshape(slots_of_x, SLOTS, length // steps)
+        x = x.reshape(tiles_of_x, EIGHT, length // steps)
     else:
         x = jnp.pad(x, ((0, config.rows - m), (0, 0)))
         if x_exponents is not None:

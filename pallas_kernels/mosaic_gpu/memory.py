@@ -38,6 +38,11 @@ def following(slot: jax.Array, stages: int) -> jax.Array:
     return jnp.where(slot + 1 == stages, 0, slot + 1)
 
 
+def preceding(slot: jax.Array, stages: int) -> jax.Array:
+    """The slot before."""
+    return jnp.where(slot == 0, stages - 1, slot - 1)
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """Into registers; `optimized` would insist on the fastest path that Mosaic knows."""
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax < 0.11

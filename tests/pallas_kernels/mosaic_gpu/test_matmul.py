@@ -30,17 +30,19 @@ SMALL = Config(tile_m=64, stages=2)
         (128, 256, 256, "sdq32:32", Config(tile_m=64, stages=3)),
         (100, 200, 288, "sdq32:16", SMALL),  # no size a multiple of its tile
         (40, 64, 32, "dialectfp4:32", Config(tile_m=64, stages=2, warpgroups=1)),  # less than one
+        (40, 64, 96, "sdq32:32", Config(tile_m=64, stages=5, warpgroups=1)),  # slots left empty
         (70, 72, 640, "sdq32:16", Config(tile_m=64, stages=2, promote=2)),  # 2 + 2 + 1 tiles of K
         (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1)),
         (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
-        (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 5 slots for 2
+        (16, 200, 640, "sdq32:16", FewConfig(rows=16, warpgroups=2, stages=4)),  # 3 slots for 2
         (5, 64, 32, "dialectfp4:32", FewConfig(rows=8, warpgroups=3, stages=3)),  # 1 slot for 3
         (1, 200, 2048, "sdq32:16", FewConfig(rows=8, warpgroups=3, stages=6)),  # read as 16 rows
         (1, 72, 1024, "sdq32:32", FewConfig(rows=8, warpgroups=1, stages=2, x_bytes=2)),
         (1, 64, 640, "sdq32:16", FewConfig(rows=8, warpgroups=2, stages=4)),
-        (40, 320, 256, "sdq32:32", FewConfig(rows=40, warpgroups=1, stages=2)),
+        (40, 320, 384, "sdq32:32", FewConfig(rows=40, warpgroups=1, stages=2)),
+        (8, 200, 1152, "sdq32:16", FewConfig(rows=8, warpgroups=3, stages=3)),  # 5 slots for 3
         (24, 128, 1664, "sdq32:16", FewConfig(rows=24, warpgroups=3, stages=6, x_bytes=2)),
     ],
 )

@@ -67,7 +67,9 @@ def test_few_rows_against_float64(rng, m, n, k):
     assert relative(ours(x, w, out_dtype="float32"), expected) < 1e-5
 
 
-@pytest.mark.parametrize("change", [{"warpgroups": 1}, {"stages": 15}])
+@pytest.mark.parametrize(
+    "change", [{"warpgroups": 1}, {"warpgroups": 3, "stages": 9}, {"stages": 4}]
+)
 def test_few_rows_however_they_are_cut(rng, change):
     x, w = quantised(rng, 24, 1536, 1536)
     config = dataclasses.replace(FewConfig(rows=24), **change)
