@@ -102,7 +102,7 @@ def matmul(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def fill(slot, filled, at_m, at_n, k):
-                # Who multiplies signals the slot before; at first the last one, which nobody filled.
+                # Signals are of the slot before; the first one of the last, which nobody filled.
                 @pl.when(filled >= config.stages - 1)
                 def wait_until_read():
                     plgpu.barrier_wait(free.at[slot])
