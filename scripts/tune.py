@@ -3,7 +3,7 @@
     python -m scripts.tune --out pallas_kernels/tuned
 
 Minutes a workload, most of them compilation. Written after each one; products that the file holds
-are not measured again.
+are not measured again. All candidates are measured quickly, the best of them once more.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
 
 
 def fastest(linear: Linear, mode: str) -> tuple[float, Config | FewConfig]:
-    """Of all candidates, and the seconds that it takes."""
+    """Seconds of the fastest candidate, and which one that is."""
     made = operands(linear)
     x: list[Any] = made.x if mode == BF16 else made.rows
     configs = list(dict.fromkeys(candidates(mode, linear.m, linear.n)))

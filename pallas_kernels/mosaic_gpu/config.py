@@ -4,11 +4,11 @@ import dataclasses
 from typing import TypeVar
 
 ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
-TILE_K = 128  # channels of a slot
+TILE_K = 128  # channels of a tile: a slot of many rows
 THREADS = 128  # of a warpgroup
 SMALL_THINGS = 6144  # table and barriers
 FEW = 64  # rows of x with which a product only reads weights
-DEEP = 2  # tiles of TILE_K channels in a slot of theirs
+DEEP = 2  # tiles of channels in a slot of few rows
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 REGISTERS = 65536  # of an SM
 PRODUCER_REGISTERS = 24  # of a thread that only copies

@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
 from sdq.numerics import power_of_two
 
-EIGHT = 8  # tiles of channels of a single row that are read as rows
+ROWS_OF_ONE = 8  # as which a single one is read: tiles of its channels
 MOST_STEPS = 256  # tiles of a single row, which lies in shared memory as a whole
 
 
@@ -66,7 +66,9 @@ def matmul_few(
     slots = pl.cdiv(steps, deep)  # that a tile of the result takes
     sharing = config.warpgroups
     multiply: Any = products if interpret is None else products_plain
-    alone = m == 1 and config.rows == EIGHT and steps % EIGHT == 0 and steps <= MOST_STEPS
+    alone = (
+        m == 1 and config.rows == ROWS_OF_ONE and steps % ROWS_OF_ONE == 0 and steps <= MOST_STEPS
+    )
 
     def kernel(
         x_g, xe_g, w_g, table_g, ws_g, bias_g, out_g,
@@ -168,13 +170,13 @@ def matmul_few(
                     held = [operand(slot, part) for part in range(deep)]
                     begun = []
                     for part, of_w in enumerate(held):
-                        at_x = lax.div(first_k, EIGHT) if alone else slot * deep + part
+                        at_x = lax.div(first_k, ROWS_OF_ONE) if alone else slot * deep + part
                         begun.append(multiply.begin(of_w, x_s.at[at_x]))
                     found = multiply.arrived(*begun, pending=0)
                     plgpu.barrier_arrive(free.at[slot])
                     for part, product in enumerate(found):
                         if alone:
-                            column = lax.rem(first_k, EIGHT) + part
+                            column = lax.rem(first_k, ROWS_OF_ONE) + part
                             product = jnp.where(columns == column, product, 0.0)
                         total = total + product
                     return total, number + sharing
@@ -219,7 +221,7 @@ def matmul_few(
 
         lax.cond(group == sharing, produce, consume)
 
-    tiles_of_x = steps // EIGHT if alone else config.stages * deep
+    tiles_of_x = steps // ROWS_OF_ONE if alone else config.stages * deep
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((1 if alone else config.rows, n), out_dtype),
@@ -253,7 +255,7 @@ def matmul_few(
         **({} if interpret is None else {"interpret": interpret}),
     )
     if alone:
-        x = x.reshape(tiles_of_x, EIGHT, length // steps)
+        x = x.reshape(tiles_of_x, ROWS_OF_ONE, length // steps)
     else:
         x = jnp.pad(x, ((0, config.rows - m), (0, 0)))
         if x_exponents is not None:

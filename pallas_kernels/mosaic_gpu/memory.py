@@ -50,9 +50,8 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 def store(ref: Any, y: jax.Array) -> None:
     """To global memory, each thread what it has: for so little that a copy would take longer."""
-    if simple := getattr(
-        plgpu, "store", None
-    ):  # from jax 0.12 on; `=` insists on wide stores there
+    # From jax 0.12 on, where `=` insists on wide stores.
+    if simple := getattr(plgpu, "store", None):
         simple(ref, y, optimized=False)
     else:
         ref[...] = y
