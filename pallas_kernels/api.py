@@ -71,7 +71,7 @@ def quantized_matmul(
             math.prod(x.shape[:-1]),
             x.shape[-1],
             rows_of(w),
-            device.current().kind,
+            device.current(),
             out_dtype.itemsize,
         )
         return _mosaic_gpu(x, w, bias, activation, out_dtype, config)

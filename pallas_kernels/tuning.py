@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from pallas_kernels.device import Device
 from pallas_kernels.mosaic_gpu.config import (
     FEW,
     MODES,
@@ -21,23 +22,29 @@ REACH = 2.0  # a measured m speaks for others up to so many times larger or smal
 
 
 def choose(
-    mode: str, m: int, k: int, n: int, device: str, out_bytes: int = 2
+    mode: str, m: int, k: int, n: int, device: Device, out_bytes: int = 2
 ) -> Config | FewConfig:
-    """The way to cut the product of x `[m, k]` and w `[n, k]` on a device of that kind."""
+    """The way to cut the product of x `[m, k]` and w `[n, k]`.
+
+    Of many rows, what was measured with another m only says in which order to take the tiles.
+    """
     measured = [
         entry
-        for entry in table(device)
+        for entry in table(device.kind)
         if (entry["mode"], entry["k"], entry["n"]) == (measured_mode(mode, m), k, n)
         and (entry["m"] <= FEW) == (m <= FEW)
         and max(entry["m"], m) <= REACH * min(entry["m"], m)
     ]
+    by_rule = heuristic(mode, m, n, out_bytes, device.cores)
     if not measured:
-        return heuristic(mode, m, n, out_bytes)
+        return by_rule
     nearest = min(measured, key=lambda entry: max(entry["m"], m) / min(entry["m"], m))
-    if m <= FEW:
+    if isinstance(by_rule, FewConfig):
         few = FewConfig(**nearest["config"] | {"rows": rows_of_few(m)})
         return fitted(few, out_bytes)
     config = Config(**nearest["config"])
+    if nearest["m"] != m:
+        return dataclasses.replace(by_rule, width=config.width)
     return config if out_bytes <= 2 else fitted(config, out_bytes, most=config.stages)
 
 

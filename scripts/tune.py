@@ -16,33 +16,37 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pallas_kernels import device, quantized_matmul
-from pallas_kernels.mosaic_gpu.config import BASES, BF16, Config, FewConfig, fitted, heuristic
+from pallas_kernels.mosaic_gpu.config import (
+    BASES,
+    BF16,
+    Config,
+    FewConfig,
+    fitted,
+    heuristic,
+    tiles,
+)
 from pallas_kernels.tuning import as_entry, file_name, measured_mode
 from pallas_kernels.workloads import LINEARS, Linear
 from scripts import _results as results
 from scripts._products import operands, program, seconds_of_each
 from scripts._timing import SETTLED, compiled
 
-SHAPES: dict[str, tuple[dict[str, int], ...]] = {
-    "fast": ({"tile_m": 256}, {"tile_m": 224}),
-    "accurate": ({"tile_m": 192}, {"tile_m": 160}),
-    BF16: ({"tile_m": 192}, {"tile_m": 128, "warpgroups": 3}),
-}
+TILES = 3  # that a rule likes best, of many rows
 FINALISTS = 4  # candidates that are measured twice
 
 
 def candidates(mode: str, m: int, n: int) -> Iterator[Config | FewConfig]:
     """Ways worth trying for m rows of x and n of w."""
     base = heuristic(mode, m, n)
-    yield base
     if isinstance(base, FewConfig):
+        yield base
         for warpgroups, each in itertools.product((2, 3, 4), (2, 3, 5)):
-            cut = {"warpgroups": warpgroups, "stages": warpgroups * each}
-            yield fitted(dataclasses.replace(base, **cut), 2)
+            few = {"warpgroups": warpgroups, "stages": warpgroups * each}
+            yield fitted(dataclasses.replace(base, **few), 2)
         return
-    for shape, cluster, width in itertools.product(SHAPES[mode], (1, 2), (4, 8, 16)):
-        changed = dataclasses.replace(base, **shape, cluster=cluster, width=width)
-        yield fitted(changed, 2)
+    cuts = tiles(mode, m, n, device.current().cores)[:TILES]
+    for cut, width in itertools.product(cuts, (4, 8, 16)):
+        yield fitted(dataclasses.replace(cut, width=width), 2)
 
 
 def fastest(linear: Linear, mode: str) -> tuple[float, Config | FewConfig]:

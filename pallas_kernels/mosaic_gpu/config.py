@@ -1,7 +1,10 @@
 """How the Hopper matmuls cut their work."""
 
 import dataclasses
+import math
 from typing import TypeVar
+
+from pallas_kernels.device import HOPPER_SMS
 
 ROWS = 64  # that a warpgroup multiplies: of the weight, or queries
 TILE_K = 128  # channels of a tile: a slot of many rows
@@ -12,6 +15,8 @@ DEEP = 2  # tiles of channels in a slot of few rows
 SHARED_MEMORY = 232448  # bytes of a Hopper block
 REGISTERS = 65536  # of an SM
 PRODUCER_REGISTERS = 24  # of a thread that only copies
+TURN = 80  # rows: a tile takes as long as if it had so many more, measured on an H100
+ALONE = 1.02  # times longer takes a block that shares no rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,7 @@ class Config:
     """One way to cut it for many rows of x.
 
     Attributes:
-      tile_m: rows of x, a multiple of 16 up to 256.
+      tile_m: rows of x, a multiple of 8 up to 256, of 16 if blocks share them.
       warpgroups: that multiply.
       stages: slots of the ring.
       cluster: blocks that share each tile of x, 1 or 2.
@@ -38,8 +43,6 @@ class Config:
     x_bytes: int = 1
 
     def __post_init__(self):
-        if not 0 < self.tile_m <= 256 or self.tile_m % 16:
-            raise ValueError(f"tile_m: expected a multiple of 16 up to 256, got {self.tile_m}")
         if self.width < 1 or self.width & (self.width - 1):
             raise ValueError(f"width: expected a power of two, got {self.width}")
         for name, least, most in (
@@ -50,6 +53,8 @@ class Config:
         ):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}: expected in [{least}, {most}], got {value}")
+        if not 0 < self.tile_m <= 256 or self.tile_m % (eight := 8 * self.cluster):
+            raise ValueError(f"tile_m: expected a multiple of {eight} up to 256, got {self.tile_m}")
 
     @property
     def tile_n(self) -> int:
@@ -58,8 +63,13 @@ class Config:
 
     @property
     def piece(self) -> int:
-        """Rows of the result that leave together."""
-        return next(rows for rows in (64, 32, 16) if self.tile_m % rows == 0)
+        """Rows of the result that leave together; of the last ones of a tile, fewer may be left."""
+        return min(64, self.tile_m)
+
+    @property
+    def pieces(self) -> int:
+        """Of a tile."""
+        return math.ceil(self.tile_m / self.piece)
 
     def shared_memory(self, out_bytes: int) -> int:
         """Bytes that a block needs at least; blocks of 16, results of `out_bytes` a number."""
@@ -71,7 +81,7 @@ class Config:
         """Pieces of a result that fit into shared memory on their way out: as many as it has."""
         left = SHARED_MEMORY - self.shared_memory(out_bytes)
         room = 2 + left // self._pieces_bytes(out_bytes)
-        return max(2, min(room, self.tile_m // self.piece))
+        return max(2, min(room, self.pieces))
 
     def _pieces_bytes(self, out_bytes: int) -> int:
         """Of a piece of every warpgroup."""
@@ -115,24 +125,41 @@ class FewConfig:
 
 AnyConfig = TypeVar("AnyConfig", Config, FewConfig)
 
-MODES = {  # of fp8 rows
-    "fast": Config(cluster=2),
-    "accurate": Config(tile_m=192, cluster=2, promote=2),
+MODES = {  # of fp8 rows; the largest tile of each, whose sums fill the registers
+    "fast": Config(),
+    "accurate": Config(tile_m=192, promote=2),
 }
 BF16 = "bf16"  # stands where a mode does: of bf16 rows, whose sums are float32 anyway
 BASES = {**MODES, BF16: Config(tile_m=192, x_bytes=2)}
 
 
-def heuristic(mode: str, m: int, n: int, out_bytes: int = 2) -> Config | FewConfig:
+def heuristic(
+    mode: str, m: int, n: int, out_bytes: int = 2, cores: int = HOPPER_SMS
+) -> Config | FewConfig:
     """For m rows of x and n of w that nobody has tuned; a mode of MODES, or BF16."""
-    config = BASES[mode]
     if m <= FEW:
-        return fitted(FewConfig(rows=rows_of_few(m), x_bytes=config.x_bytes), out_bytes)
-    if m <= config.tile_m - 64:
-        config = dataclasses.replace(config, tile_m=-(-m // 64) * 64)
-    if -(-n // config.tile_n) % config.cluster:  # one of the last blocks would work for nothing
-        config = dataclasses.replace(config, cluster=1)
-    return fitted(config, out_bytes)
+        return fitted(FewConfig(rows=rows_of_few(m), x_bytes=BASES[mode].x_bytes), out_bytes)
+    return fitted(tiles(mode, m, n, cores)[0], out_bytes)
+
+
+def tiles(mode: str, m: int, n: int, cores: int) -> list[Config]:
+    """Ways to cut many rows, best first: large tiles, and few blocks idle in the last turn."""
+    base = BASES[mode]
+    of_n = math.ceil(n / base.tile_n)
+    found = (
+        dataclasses.replace(base, tile_m=rows, cluster=cluster)
+        for cluster in (2, 1)
+        if of_n % cluster == 0  # all blocks have a partner
+        for rows in range(base.tile_m, FEW - 1, -8 * cluster)
+    )
+
+    def duration(config: Config) -> float:
+        """Of all turns, in rows."""
+        at_once = cores // config.cluster * config.cluster
+        turns = math.ceil(math.ceil(m / config.tile_m) * of_n / at_once)
+        return turns * (config.tile_m + TURN) * (ALONE if config.cluster == 1 else 1)
+
+    return sorted(found, key=duration)
 
 
 def rows_of_few(m: int) -> int:

@@ -227,18 +227,18 @@ def matmul(
                 at_m, at_n = place(turn)
                 of_n = pl.ds(at_n + group * ROWS, ROWS)
                 w_scale, bias = load(ws_s.at[group], BY_W), load(bias_s.at[group], BY_W)
-                pieces = config.tile_m // config.piece
-                for number in range(pieces):
+                for number in range(config.pieces):
                     at = number * config.piece
-                    piece = total[:, at : at + config.piece]
-                    x_scale = load(xs_s.at[group, pl.ds(at, config.piece)], BY_X)
+                    rows = min(config.piece, config.tile_m - at)
+                    piece = total[:, at : at + rows]
+                    x_scale = load(xs_s.at[group, pl.ds(at, rows)], BY_X)
                     y = finished(piece, x_scale, w_scale, bias, activation).astype(out_dtype)
-                    slot = out_s.at[group, lax.rem(turn * pieces + number, at_once)]
+                    slot = lax.rem(turn * config.pieces + number, at_once)
+                    here = out_s.at[group, slot, pl.ds(0, rows)]
                     plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
-                    store_transposed(slot, y)
+                    store_transposed(here, y)
                     plgpu.commit_smem()
-                    of_m = pl.ds(at_m + at, config.piece)
-                    plgpu.copy_smem_to_gmem(slot, out_g.at[of_m, of_n])
+                    plgpu.copy_smem_to_gmem(here, out_g.at[pl.ds(at_m + at, rows), of_n])
 
             slot, _ = lax.fori_loop(0, own, tile, (0, weights(0)))
             plgpu.barrier_arrive(free.at[preceding(slot, config.stages)])

@@ -33,6 +33,7 @@ SMALL = Config(tile_m=64, stages=2)
         (40, 64, 96, "sdq32:32", Config(tile_m=64, stages=5, warpgroups=1)),  # slots left empty
         (70, 72, 640, "sdq32:16", Config(tile_m=64, stages=2, promote=2)),  # 2 + 2 + 1 tiles of K
         (136, 128, 640, "sdq32:16", Config(tile_m=96, stages=3, promote=1)),
+        (150, 128, 128, "sdq32:16", Config(tile_m=72, stages=2)),  # pieces of 64 and 8 rows
         (128, 384, 256, "e2m1:16", Config(tile_m=128, stages=3, promote=1, warpgroups=3)),
         (100, 200, 288, "sdq32:16", Config(tile_m=64, stages=2, x_bytes=2)),
         (40, 64, 256, "sdq32:32", Config(tile_m=48, stages=3, warpgroups=1, x_bytes=2)),
@@ -93,6 +94,7 @@ def reports(tmp_path_factory):
     cases = {
         "fast": shape,
         "accurate": shape | {"mode": "accurate"},
+        "accurate, in pairs": shape | {"m": 32760, "mode": "accurate"},
         "ragged": {"m": 1001, "n": 1001, "k": 1568, "format": "sdq32:32"},
         "gelu": shape | {"activation": "gelu"},
         "float32": shape | {"out_dtype": "float32"},
@@ -111,8 +113,8 @@ def reports(tmp_path_factory):
 @pytest.mark.skipif(not deviceless.is_possible(), reason="needs the extra `aot`")
 def test_compiled_for_a_hopper_gpu(reports):
     for name, report in reports.items():
-        # Of the accurate mode a few addresses, which are read once a tile; one more in clusters.
-        assert report.spilled <= (64 if name == "accurate" else 0), name
+        # A few addresses, which are read once a tile.
+        assert report.spilled <= (64 if name == "accurate, in pairs" else 0), name
         assert report.spills_between_products == 0, name
         assert not report.serialized, name
         assert report.shared_memory <= SHARED_MEMORY, name
@@ -142,8 +144,10 @@ def test_tiles_go_down_one_strip_and_up_the_next(size, width):
 def test_bad_configurations_say_so():
     with pytest.raises(ValueError, match="width: expected a power of two, got 6"):
         Config(width=6)
-    with pytest.raises(ValueError, match="tile_m: expected a multiple of 16 up to 256, got 100"):
+    with pytest.raises(ValueError, match="tile_m: expected a multiple of 8 up to 256, got 100"):
         Config(tile_m=100)
+    with pytest.raises(ValueError, match="tile_m: expected a multiple of 16 up to 256, got 184"):
+        Config(tile_m=184, cluster=2)
     with pytest.raises(ValueError, match=r"stages: expected in \[2, 16\], got 1"):
         Config(stages=1)
 
@@ -175,3 +179,17 @@ def test_the_heuristic_fits(mode, m):
 @pytest.mark.parametrize("m, n, cluster", [(4096, 5120, 2), (4096, 128, 1), (65, 5120, 2)])
 def test_only_blocks_with_a_partner_share_rows(m, n, cluster):
     assert heuristic("fast", m, n).cluster == cluster
+
+
+@pytest.mark.parametrize(
+    "mode, m, tile_m, cluster",
+    [
+        ("accurate", 32760, 192, 2),  # 171 x 20 pairs: 52 turns
+        ("accurate", 4096, 184, 1),  # 23 x 40 blocks: 7 turns, as many as with 192 rows
+        ("fast", 4096, 256, 2),  # 16 x 20 pairs: 5 turns
+        ("fast", 512, 176, 2),  # 3 x 20 pairs: one turn
+    ],
+)
+def test_the_last_turn_is_nearly_full(mode, m, tile_m, cluster):
+    config = heuristic(mode, m, 5120, cores=132)
+    assert (config.tile_m, config.cluster) == (tile_m, cluster)

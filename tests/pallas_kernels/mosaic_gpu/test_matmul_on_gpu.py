@@ -77,7 +77,16 @@ def test_few_rows_however_they_are_cut(rng, change):
     assert relative(ours(x, w, config=config), np.asarray(ours(x, w), np.float64)) < 1e-5
 
 
-@pytest.mark.parametrize("change", [{}, {"cluster": 1}, {"tile_m": 128}, {"stages": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tile_m": 128, "cluster": 1},
+        {"tile_m": 128, "cluster": 2},
+        {"tile_m": 184, "cluster": 1},  # pieces of 64 and one of 56 rows
+        {"stages": 2},
+    ],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_cut_gives_the_same_bits(rng, mode, change):
     """The order of sums does not depend on how the work is cut."""
