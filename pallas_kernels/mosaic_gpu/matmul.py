@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_gpu.config import (
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, places
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
 from pallas_kernels.mosaic_gpu.memory import (
+    by_warps,
     copy_as_it_lies,
     following,
     free_barrier,
@@ -128,19 +129,22 @@ def matmul(
 
                 return lax.fori_loop(0, steps, step, slot)
 
-            slot, total = lax.fori_loop(0, own, tile, 0), own * steps
-            at_m, at_n = place(own)
-            fill(slot, total, at_m, at_n, 0)  # the last is decoded, never multiplied
+            def fill_all():
+                slot, total = lax.fori_loop(0, own, tile, 0), own * steps
+                at_m, at_n = place(own)
+                fill(slot, total, at_m, at_n, 0)  # the last is decoded, never multiplied
 
-            # A block must not leave while its peer still signals to it.
-            def drain(_, slot):
-                plgpu.barrier_wait(free.at[slot])
-                return following(slot, config.stages)
+                # A block must not leave while its peer still signals to it.
+                def drain(_, slot):
+                    plgpu.barrier_wait(free.at[slot])
+                    return following(slot, config.stages)
 
-            last = config.stages - 1
-            few = total < last
-            left = jnp.where(few, total + 1, last)
-            lax.fori_loop(0, left, drain, jnp.where(few, last, following(slot, config.stages)))
+                last = config.stages - 1
+                few = total < last
+                left = jnp.where(few, total + 1, last)
+                lax.fori_loop(0, left, drain, jnp.where(few, last, following(slot, config.stages)))
+
+            by_warps(fill_all)
 
         def consume():
             plgpu.set_max_registers(consumer_registers(config.warpgroups), action="increase")

@@ -30,7 +30,7 @@ from pallas_kernels.mosaic_gpu.config import (
 )
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, places
 from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
-from pallas_kernels.mosaic_gpu.memory import copy_as_it_lies, following, load, swizzled
+from pallas_kernels.mosaic_gpu.memory import by_warps, copy_as_it_lies, following, load, swizzled
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
 from pallas_kernels.mosaic_gpu.products import accumulator_layout
 from pallas_kernels.mosaic_gpu.tables import look_up_table
@@ -111,14 +111,7 @@ def matmul_few(
             if alone:
                 plgpu.copy_gmem_to_smem(x_g, x_s, x_ready)
             copies = [copy_w] if alone else [copy_w, copy_x]
-
-            @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
-            def by_warps():
-                """One copies weights, another one rows."""
-                for warp, copy in enumerate(copies):
-                    pl.when(lax.axis_index("warp") == warp)(functools.partial(fill_all, copy))
-
-            by_warps()
+            by_warps(*(functools.partial(fill_all, copy) for copy in copies))
 
         def consume():
             plgpu.set_max_registers(consumer_registers(sharing), action="increase")

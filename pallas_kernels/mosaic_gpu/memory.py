@@ -1,9 +1,15 @@
-"""What Hopper kernels agree on about memory: swizzled tiles, rings of them, plain loads, stores."""
+"""What Hopper kernels agree on about memory.
 
+Swizzled tiles, rings of them and the warps that fill them, plain loads and stores.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -31,6 +37,20 @@ def copy_as_it_lies(of: Any, to: Any, barrier: Any) -> None:
     What is behind the last of it stays undefined.
     """
     plgpu.copy_gmem_to_smem(of, to, barrier, oob_mode=plgpu.OOBFillMode.UNDEFINED)
+
+
+def by_warps(*parts: Callable[[], None]) -> None:
+    """Each part by one warp of this warpgroup, side by side; the other warps are done.
+
+    A warp that only waits for barriers takes turns from those that compute.
+    """
+
+    @pl.kernel(mesh=plgpu.WarpMesh(axis_name="warp"))
+    def run():
+        for warp, part in enumerate(parts):
+            pl.when(lax.axis_index("warp") == warp)(part)
+
+    run()
 
 
 def following(slot: jax.Array, stages: int) -> jax.Array:
