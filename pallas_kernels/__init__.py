@@ -5,6 +5,7 @@ from pallas_kernels.attention import quantized_attention
 from pallas_kernels.deferred import Activated, Concatenated, Deferred, Normed, computed
 from pallas_kernels.mosaic_gpu.config import MODES
 from pallas_kernels.mosaic_gpu.operands import TiledWeight, tile_weight
+from pallas_kernels.onto import Onto
 from pallas_kernels.prepare import prepare_heads
 from pallas_kernels.projected import Projected, joined, prepared
 from pallas_kernels.quantize import Quantized, quantize_rows
@@ -20,6 +21,7 @@ __all__ = [
     "Explanation",
     "Fp8Rows",
     "Normed",
+    "Onto",
     "Projected",
     "Quantized",
     "TiledWeight",

@@ -11,6 +11,7 @@ from pallas_kernels import device, reference, tuning, xla_fp8
 from pallas_kernels.mosaic_gpu import operands, tables
 from pallas_kernels.mosaic_gpu.config import BF16, MODES, Config, FewConfig
 from pallas_kernels.mosaic_gpu.operands import TiledWeight
+from pallas_kernels.onto import Onto
 from pallas_kernels.rows import Fp8Rows, fp8_rows, interleave
 from sdq import QTensor
 
@@ -36,6 +37,7 @@ def quantized_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
+    onto: Onto | None = None,
     implementation: str | None = None,
     mode: str = "accurate",
     config: Config | FewConfig | None = None,
@@ -50,6 +52,8 @@ def quantized_matmul(
       bias: `[N]`, or None.
       activation: None or "gelu" (by tanh).
       out_dtype: of the result; x's by default.
+      onto: what the result is added to. "mosaic_gpu" does so in the same pass, before it rounds, if
+        numbers have 16 bits, there are more than 64 rows, and all have the same gate.
       implementation: one of IMPLEMENTATIONS; None takes the first that fits (`which` says why).
       mode: of "mosaic_gpu" with quantised rows: "accurate" adds up in float32 after each 256
         channels; "fast" leaves sums to the tensor cores, which is as good where signs mix, and up
@@ -61,10 +65,11 @@ def quantized_matmul(
       ValueError: operands that no implementation takes, or that the one asked for does not.
     """
     _check(x, w, bias, activation, mode)
+    out_dtype = np.dtype(out_dtype or (x.dtype if onto is None else onto.x.dtype))
+    _check_onto(onto, (*x.shape[:-1], rows_of(w)), out_dtype)
     chosen = which(x, w).implementation if implementation is None else implementation
     if reason := supports(chosen, x, w):
         raise ValueError(f"quantized_matmul: {chosen} cannot do this: {reason}")
-    out_dtype = np.dtype(out_dtype or x.dtype)
     if chosen == "mosaic_gpu":
         config = config or tuning.choose(
             mode if isinstance(x, QTensor | Fp8Rows) else BF16,
@@ -74,15 +79,24 @@ def quantized_matmul(
             device.current(),
             out_dtype.itemsize,
         )
-        return _mosaic_gpu(x, w, bias, activation, out_dtype, config)
+        together = (
+            onto is not None
+            and onto.row is not None
+            and out_dtype.itemsize == 2
+            and isinstance(config, Config)
+        )
+        y = _mosaic_gpu(x, w, bias, activation, onto if together else None, out_dtype, config)
+        return y if together or onto is None else onto.plus(y)
     if config is not None:
         raise ValueError(f"config: only mosaic_gpu has one, not {chosen}")
     assert isinstance(w, QTensor)
     if chosen == "xla_fp8":
         rows = fp8_rows(x) if isinstance(x, QTensor) else x
         assert isinstance(rows, Fp8Rows)
-        return xla_fp8.matmul(rows, w, bias, activation, out_dtype)
-    return reference.matmul(x, w, bias, activation, out_dtype)
+        y = xla_fp8.matmul(rows, w, bias, activation, jnp.float32 if onto else out_dtype)
+    else:
+        y = reference.matmul(x, w, bias, activation, jnp.float32 if onto else out_dtype)
+    return y if onto is None else onto.plus(y)
 
 
 def which(x: jax.Array | QTensor | Fp8Rows, w: QTensor | TiledWeight) -> Explanation:
@@ -152,6 +166,7 @@ def _mosaic_gpu(
     w: QTensor | TiledWeight,
     bias: jax.Array | None,
     activation: str | None,
+    onto: Onto | None,
     out_dtype: np.dtype,
     config: Config | FewConfig,
 ) -> jax.Array:
@@ -166,12 +181,18 @@ def _mosaic_gpu(
     few = isinstance(config, FewConfig)  # which fills up rows itself, if need be
     fill_m = 0 if few else -m % operands.TILE_M
     fill_n, fill_k = -n % operands.TILE_N, -k % operands.TILE_K
+    added_to = {}
+    if onto is not None:
+        assert onto.row is not None
+        x_of_onto = jnp.pad(onto.x.reshape(m, n), ((0, fill_m), (0, fill_n)))
+        added_to["onto"] = x_of_onto, jnp.pad(onto.row, (0, fill_n))
     product: Any = matmul_few if few else matmul
     y = product(
         jnp.pad(values, ((0, fill_m), (0, fill_k))),
         None if exponents is None else jnp.pad(exponents.reshape(-1), (0, fill_m)),
         tiled,
         None if bias is None else jnp.pad(bias.astype(jnp.float32), (0, fill_n)),
+        **added_to,
         activation=reference.ACTIVATIONS[activation],
         config=config,
         out_dtype=out_dtype,
@@ -187,6 +208,22 @@ def _kernel_rows(x: jax.Array | QTensor | Fp8Rows) -> tuple[jax.Array, jax.Array
     rows = fp8_rows(x) if isinstance(x, QTensor) else x
     values = rows.values if rows.interleaved else interleave(rows.values)
     return values, rows.exponents
+
+
+def _check_onto(onto: Onto | None, shape: tuple[int, ...], out_dtype: np.dtype) -> None:
+    if onto is None:
+        return
+    if onto.x.shape != shape or onto.x.dtype != out_dtype:
+        raise ValueError(
+            f"onto: expected x {out_dtype}{list(shape)}, got {onto.x.dtype}{list(onto.x.shape)}"
+        )
+    gate = shape if onto.gate is None else onto.gate.shape
+    if len(gate) != len(shape) or any(
+        mine not in (1, all_) for mine, all_ in zip(gate, shape, strict=True)
+    ):
+        raise ValueError(
+            f"onto: expected a gate that broadcasts to {list(shape)}, got {list(gate)}"
+        )
 
 
 def _check(

@@ -20,6 +20,7 @@ from pallas_kernels import (
     MODES,
     Deferred,
     Fp8Rows,
+    Onto,
     Projected,
     TiledWeight,
     device,
@@ -116,15 +117,17 @@ class Products:
         *,
         bias: jax.Array | None = None,
         activation: str | None = None,
+        onto: Onto | None = None,
     ) -> jax.Array:
-        """activation(x kernel + bias)."""
+        """activation(x kernel + bias), and what it is added to."""
+        rest: dict[str, Any] = {"bias": bias, "activation": activation, "onto": onto}
         if isinstance(kernel, TiledWeight) or (
             isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)
         ):
-            return quantized_matmul(x, kernel, bias=bias, activation=activation, mode=self.mode)
+            return quantized_matmul(x, kernel, mode=self.mode, **rest)
         if isinstance(x, Fp8Rows):
             raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
-        return layers.matmul(x, kernel, bias=bias, activation=activation)
+        return layers.matmul(x, kernel, **rest)
 
 
 def tile_kernels(params: Any) -> Any:

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from models.common.attention import attention
 from models.common.quantizer import KEEP, Input, Quantizer
-from pallas_kernels import ACTIVATIONS, Activated, Deferred, Normed, Projected, computed
+from pallas_kernels import ACTIVATIONS, Activated, Deferred, Normed, Onto, Projected, computed
 from sdq import QTensor, dequantize
 from sdq.decompose import Decomposed, multiply
 
@@ -27,16 +27,18 @@ def matmul(
     *,
     bias: jax.Array | None = None,
     activation: str | None = None,
+    onto: Onto | None = None,
 ) -> jax.Array:
     """x `[..., in]` times kernel `[in, out]` plus bias, in x's dtype; products summed in float32.
 
-    Then the activation, one of `pallas_kernels.ACTIVATIONS`. A QTensor stands for its dequantised
-    values in its own dtype.
+    Then the activation, one of `pallas_kernels.ACTIVATIONS`, and what it is added to. A QTensor
+    stands for its dequantised values in its own dtype.
     """
     x, kernel = _dense(x), _dense(kernel)
     # A float32 result would be a float32 cotangent too, and the backward pass three times slower.
     y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    return ACTIVATIONS[activation](y if bias is None else _plus(y, bias))
+    y = ACTIVATIONS[activation](y if bias is None else _plus(y, bias))
+    return y if onto is None else onto.plus(y)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +46,8 @@ class Ops:
     """The functions that a model calls for its heavy work.
 
     Attributes:
-      matmul: `(x, kernel, *, bias, activation) -> y`, for every linear; each operand an array or a
-        QTensor, or whatever else the quantizer and the parameters hold.
+      matmul: `(x, kernel, *, bias, activation, onto) -> y`, for every linear; each operand an array
+        or a QTensor, or whatever else the quantizer and the parameters hold.
       attention: `(q, k, v) -> out`, all `[B, S, heads, width]`; q and k may be Projected, whose
         norm and rotary embedding it does itself (`pallas_kernels.prepared`). Models whose text is
         padded also pass `lengths` (`models.common.attention`).
@@ -60,6 +62,8 @@ class Ops:
 class Linear(nn.Module):
     """activation(x kernel + bias), through `ops.matmul`; the kernel is an array or a QTensor.
 
+    The result, times a gate, may be added to something at once.
+
     With `defer` the activation of a decomposed input, which no product can do, is left to who
     quantises it next.
     """
@@ -70,19 +74,27 @@ class Linear(nn.Module):
     defer: bool = False
 
     @nn.compact
-    def __call__(self, x: Input) -> Any:
+    def __call__(self, x: Input, onto: Onto | None = None) -> Any:
         """`[..., in]` -> `[..., features]`; with `defer` maybe Activated."""
         kernel = quantizable(
             self, "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if isinstance(x, Decomposed):
-            product = functools.partial(self.ops.matmul, kernel=kernel)
-            # With the bias already, so that nobody passes over all tokens once more to add it.
-            y = multiply(x, product, functools.partial(product, bias=bias))
-            later = Activated(x=y, activation=self.activation)
-            return later if self.defer else computed(later)
-        return self.ops.matmul(x, kernel, bias=bias, activation=self.activation)
+        if not isinstance(x, Decomposed):
+            return self.ops.matmul(x, kernel, bias=bias, activation=self.activation, onto=onto)
+        product = functools.partial(self.ops.matmul, kernel=kernel)
+        # What all tokens get is in the first product, so that nobody passes over them once more.
+        of_base = functools.partial(product, bias=bias)
+        if onto is not None and onto.is_shared and self.activation is None:
+
+            def of_residual(rows: Any) -> jax.Array:
+                return onto.gated(product(rows)).astype(onto.x.dtype)
+
+            return multiply(x, of_residual, functools.partial(of_base, onto=onto))
+        later = Activated(x=multiply(x, product, of_base), activation=self.activation)
+        if onto is not None:
+            return onto.plus(computed(later))
+        return later if self.defer else computed(later)
 
 
 def quantizable(
@@ -110,14 +122,16 @@ class FeedForward(nn.Module):
     site: str
 
     @nn.compact
-    def __call__(self, x: jax.Array | Deferred, state: Any) -> tuple[jax.Array, Any]:
-        """`[B, S, D]` -> `[B, S, D]`, state."""
+    def __call__(
+        self, x: jax.Array | Deferred, state: Any, onto: Onto | None = None
+    ) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` -> `[B, S, D]`, added to what is there; state."""
         quantizer = self.ops.quantizer
         up = Linear(self.width, self.ops, activation="gelu", defer=True, name="up")
         down = Linear(x.shape[-1], self.ops, name="down")
         h = up(read_at(self, x, f"{self.site}/up", state))
         state = quantizer.saw_input(x, f"{self.site}/up", state)
-        y = down(read_at(self, h, f"{self.site}/down", state))
+        y = down(read_at(self, h, f"{self.site}/down", state), onto)
         return y, quantizer.saw_input(h, f"{self.site}/down", state)
 
 
@@ -167,11 +181,6 @@ class AffineLayerNorm(nn.Module):
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> Normed:
     """LN(x) (1 + scale) + shift, float32 inside; shift and scale `[B, 1 or S, D]`."""
     return Normed(x=x, gain=1 + scale, shift=shift, eps=eps)
-
-
-def gated(x: jax.Array, update: jax.Array, gate: jax.Array) -> jax.Array:
-    """x + update * gate, summed in float32; gate `[B, 1 or S, D]`."""
-    return (x.astype(jnp.float32) + update.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -11,14 +11,13 @@ from models.common.layers import (
     Heads,
     Linear,
     Ops,
-    gated,
     latest,
     modulated_norm,
     read_at,
     split_heads,
 )
 from models.mmdit.config import MMDiTConfig
-from pallas_kernels import Concatenated, Deferred, Projected, joined
+from pallas_kernels import Concatenated, Deferred, Onto, Projected, joined
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -82,16 +81,14 @@ class DoubleBlock(nn.Module):
             part.reshape(stream.shape)
             for part, stream in zip(self._ordered(*parts), streams, strict=True)
         )
-        img = gated(img, img_attn.output(img_out, state), img_mod[2])
-        txt = gated(txt, txt_attn.output(txt_out, None), txt_mod[2])
+        img = img_attn.output(img_out, state, Onto(x=img, gate=img_mod[2]))
+        txt = txt_attn.output(txt_out, None, Onto(x=txt, gate=txt_mod[2]))
         state = quantizer.saw_input(img_out, "double_blocks/img_attn/o", state)
 
         x = modulated_norm(img, img_mod[3], img_mod[4], config.eps)
-        y, state = self._mlp("img_mlp")(x, state)
-        img = gated(img, y, img_mod[5])
+        img, state = self._mlp("img_mlp")(x, state, Onto(x=img, gate=img_mod[5]))
         txt_x = modulated_norm(txt, txt_mod[3], txt_mod[4], config.eps)
-        y, _ = self._mlp("txt_mlp")(txt_x, None)
-        txt = gated(txt, y, txt_mod[5])
+        txt, _ = self._mlp("txt_mlp")(txt_x, None, Onto(x=txt, gate=txt_mod[5]))
         self.sow("intermediates", "img_output", img, reduce_fn=latest)
         self.sow("intermediates", "txt_output", txt, reduce_fn=latest)
         return (img, txt), state
@@ -125,9 +122,9 @@ class Stream(nn.Module):
         q, k, v = self.q(h), self.k(h), self.v(h)
         return self.norm_q(q, rope), self.norm_k(k, rope), split_heads(v, self.config.heads)
 
-    def output(self, x: jax.Array, state: Any) -> jax.Array:
-        """`[B, S, D]` -> `[B, S, D]`, after attention."""
-        return self.o(read_at(self, x, f"{self.site}/o", state))
+    def output(self, x: jax.Array, state: Any, onto: Onto) -> jax.Array:
+        """`[B, S, D]` -> `[B, S, D]`, after attention, added to what is there."""
+        return self.o(read_at(self, x, f"{self.site}/o", state), onto)
 
 
 class SingleBlock(nn.Module):
@@ -154,7 +151,7 @@ class SingleBlock(nn.Module):
         out = self.ops.attention(queries, keys, split_heads(v, config.heads), lengths=lengths)
         both = Concatenated(x=out.reshape(x.shape), more=up)
         h = read_at(self, both, "single_blocks/out", None)
-        x = gated(x, Linear(config.width, self.ops, name="out")(h), gate)
+        x = Linear(config.width, self.ops, name="out")(h, Onto(x=x, gate=gate))
         self.sow("intermediates", "output", x, reduce_fn=latest)
         return x, state
 

@@ -11,7 +11,6 @@ from models.common.layers import (
     AffineLayerNorm,
     Linear,
     Ops,
-    gated,
     read_at,
     sinusoid,
     split_heads,
@@ -19,6 +18,7 @@ from models.common.layers import (
 )
 from models.mmdit.blocks import modulation
 from models.mmdit.config import MMDiTConfig
+from pallas_kernels import Onto
 
 
 class Embedder(nn.Module):
@@ -95,10 +95,10 @@ class RefinerLayer(nn.Module):
         )
         out = ops.attention(q, k, v, lengths=lengths).reshape(x.shape)
         h = read_at(self, out, "refiner/layers/o", None)
-        x = gated(x, Linear(config.width, ops, name="o")(h), gate1)
+        x = Linear(config.width, ops, name="o")(h, Onto(x=x, gate=gate1))
 
         norm = AffineLayerNorm(config.eps, name="norm2")(x)
         h = read_at(self, norm, "refiner/layers/up", None)
         h = jax.nn.silu(Linear(config.mlp_width, ops, name="up")(h))
         h = read_at(self, h, "refiner/layers/down", None)
-        return gated(x, Linear(config.width, ops, name="down")(h), gate2), state
+        return Linear(config.width, ops, name="down")(h, Onto(x=x, gate=gate2)), state

@@ -20,7 +20,6 @@ from models.common.layers import (
     Heads,
     Linear,
     Ops,
-    gated,
     latest,
     modulated_norm,
     patchify,
@@ -32,7 +31,7 @@ from models.common.layers import (
 )
 from models.common.rope import rope_table
 from models.wan.config import WanConfig
-from pallas_kernels import Deferred, Projected, computed
+from pallas_kernels import Deferred, Onto, Projected, computed
 
 IMAGE_EPS = 1e-5  # of the norms around the image embedding
 
@@ -134,16 +133,17 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(table, modulation)
 
         h = modulated_norm(x, shift1, scale1, config.eps)
-        y, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state)
-        x = gated(x, y, gate1)
+        onto = Onto(x=x, gate=gate1)
+        x, state = SelfAttention(config, self.ops, name="self_attn")(h, rope, state, onto)
 
         h = AffineLayerNorm(config.eps, name="cross_norm")(x)
-        y, state = CrossAttention(config, self.ops, name="cross_attn")(h, context, image, state)
-        x = x + y
+        onto = Onto(x=x)
+        cross = CrossAttention(config, self.ops, name="cross_attn")
+        x, state = cross(h, context, image, state, onto)
 
         h = modulated_norm(x, shift2, scale2, config.eps)
-        y, state = FeedForward(config.ffn_width, self.ops, "blocks/ffn", name="ffn")(h, state)
-        x = gated(x, y, gate2)
+        onto = Onto(x=x, gate=gate2)
+        x, state = FeedForward(config.ffn_width, self.ops, "blocks/ffn", name="ffn")(h, state, onto)
         self.sow("intermediates", "output", x, reduce_fn=latest)
         return x, state
 
@@ -156,9 +156,9 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Deferred, rope: tuple[jax.Array, jax.Array], state: Any
+        self, x: jax.Array | Deferred, rope: tuple[jax.Array, jax.Array], state: Any, onto: Onto
     ) -> tuple[jax.Array, Any]:
-        """`[B, S, D]` -> `[B, S, D]`, state."""
+        """`[B, S, D]` -> `[B, S, D]`, added to what is there; state."""
         config, quantizer = self.config, self.ops.quantizer
         h = read_at(self, x, "blocks/self_attn/qkv", state)
         q, k, v = (Linear(config.width, self.ops, name=name)(h) for name in "qkv")
@@ -170,7 +170,7 @@ class SelfAttention(nn.Module):
         out = self.ops.attention(queries, keys, split_heads(v, config.heads)).reshape(x.shape)
         h = read_at(self, out, "blocks/self_attn/o", state)
         state = quantizer.saw_input(out, "blocks/self_attn/o", state)
-        return Linear(config.width, self.ops, name="o")(h), state
+        return Linear(config.width, self.ops, name="o")(h, onto), state
 
 
 class CrossAttention(nn.Module):
@@ -181,9 +181,14 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Deferred, text: jax.Array, image: jax.Array | None, state: Any
+        self,
+        x: jax.Array | Deferred,
+        text: jax.Array,
+        image: jax.Array | None,
+        state: Any,
+        onto: Onto,
     ) -> tuple[jax.Array, Any]:
-        """`[B, S, D]` -> `[B, S, D]`, state."""
+        """`[B, S, D]` -> `[B, S, D]`, added to what is there; state."""
         config, quantizer = self.config, self.ops.quantizer
         q = Linear(config.width, self.ops, name="q")(read_at(self, x, "blocks/cross_attn/q", state))
         state = quantizer.saw_input(x, "blocks/cross_attn/q", state)
@@ -203,7 +208,7 @@ class CrossAttention(nn.Module):
         out = out.reshape(x.shape)
         h = read_at(self, out, "blocks/cross_attn/o", state)
         state = quantizer.saw_input(out, "blocks/cross_attn/o", state)
-        return Linear(config.width, self.ops, name="o")(h), state
+        return Linear(config.width, self.ops, name="o")(h, onto), state
 
 
 class ImageEmbedding(nn.Module):

@@ -71,10 +71,16 @@ class Config:
         """Of a tile."""
         return math.ceil(self.tile_m / self.piece)
 
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """Where each piece of a tile begins, and its rows."""
+        starts = range(0, self.tile_m, self.piece)
+        return [(at, min(self.piece, self.tile_m - at)) for at in starts]
+
     def shared_memory(self, out_bytes: int) -> int:
         """Bytes that a block needs at least; blocks of 16, results of `out_bytes` a number."""
         slot = self.tile_m * TILE_K * self.x_bytes + self.tile_n * (TILE_K // 2 + 8)
-        scales = self.warpgroups * (self.tile_m + 32 + 2 * ROWS) * 4
+        scales = self.warpgroups * (self.tile_m + 32 + 3 * ROWS) * 4
         return self.stages * slot + scales + SMALL_THINGS + 2 * self._pieces_bytes(out_bytes)
 
     def pieces_at_once(self, out_bytes: int) -> int:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu.memory import load
+
 BY_W = plgpu.Layout.WGMMA.reduce(1)  # layouts of what there is one of for each row of w
 BY_X = plgpu.Layout.WGMMA.reduce(0)  # and of x
 
@@ -29,13 +31,24 @@ def finished(
       activation: of single numbers.
     """
 
-    def of_all(x: jax.Array, axis: int) -> jax.Array:
-        axes = tuple(range(sums.ndim))[axis : axis + x.ndim]
-        return lax.broadcast_in_dim(x, sums.shape, axes)
+    y = sums if x_scale is None else sums * _along(x_scale, 1, sums)
+    y = y * _along(w_scale, 0, sums)
+    return activation(y if bias is None else y + _along(bias, 0, sums))
 
-    y = sums if x_scale is None else sums * of_all(x_scale, 1)
-    y = y * of_all(w_scale, 0)
-    return activation(y if bias is None else y + of_all(bias, 0))
+
+def added(onto: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
+    """onto + gate y, float32 `[N, M]` in `plgpu.Layout.WGMMA`; gate `[N]` in BY_W."""
+    return onto.astype(jnp.float32) + y * _along(gate, 0, y)
+
+
+def _along(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    axes = tuple(range(like.ndim))[axis : axis + x.ndim]
+    return lax.broadcast_in_dim(x, like.shape, axes)
+
+
+def load_transposed(ref: Any) -> jax.Array:
+    """What shared memory `[M, N]` holds, as `[N, M]` in `plgpu.Layout.WGMMA`."""
+    return load(ref.T, plgpu.Layout.WGMMA)  # 16-bit numbers, transposed on their way (ldmatrix)
 
 
 def store_transposed(ref: Any, y: jax.Array) -> None:

@@ -25,7 +25,14 @@ from pallas_kernels.mosaic_gpu.config import (
     consumer_registers,
 )
 from pallas_kernels.mosaic_gpu.decode import add_signs, decode_magnitudes, decoded, places
-from pallas_kernels.mosaic_gpu.epilogue import BY_W, BY_X, finished, store_transposed
+from pallas_kernels.mosaic_gpu.epilogue import (
+    BY_W,
+    BY_X,
+    added,
+    finished,
+    load_transposed,
+    store_transposed,
+)
 from pallas_kernels.mosaic_gpu.memory import (
     by_warps,
     copy_as_it_lies,
@@ -49,6 +56,7 @@ def matmul(
     x_exponents: jax.Array | None,
     w: TiledWeight,
     bias: jax.Array | None,
+    onto: tuple[jax.Array, jax.Array] | None = None,
     *,
     activation: Callable[[jax.Array], jax.Array],
     config: Config,
@@ -56,13 +64,14 @@ def matmul(
     num_sms: int,
     interpret: Any = None,
 ) -> jax.Array:
-    """activation((x 2^x_exponents) w^T + bias).
+    """activation((x 2^x_exponents) w^T + bias), and onto + gate times that.
 
     Args:
       x: e4m3 or bf16 `[M, K]`, interleaved; whole tiles, as w.
       x_exponents: int8 `[M]`, of the rows; None: all zero.
       w: the weight, of N rows with those that fill the last tile.
       bias: float32 `[N]`, or None.
+      onto: `[M, N]` of out_dtype, 16 bits a number, and its gate, float32 `[N]`; or None.
       activation: of single numbers.
       config: how.
       out_dtype: of the result.
@@ -74,19 +83,22 @@ def matmul(
     """
     if x.dtype.itemsize != config.x_bytes:
         raise ValueError(f"config: x_bytes is {config.x_bytes}, but x is {x.dtype}")
+    if onto is not None and jnp.dtype(out_dtype).itemsize != 2:
+        raise ValueError(f"onto: expected 16 bits a number, got {out_dtype}")
     m, _ = x.shape
     n = w.rows
     table = jnp.asarray(look_up_table(w.format, x.dtype)).reshape(-1, 128)
     tiles_m, tiles_n = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster)
     steps, groups, size = w.groups.shape
     at_once = config.pieces_at_once(jnp.dtype(out_dtype).itemsize)
+    first_pieces = min(at_once, config.pieces)  # of what is added to, fetched before the products
     x_scales = -(-config.tile_m // 32) * 32  # copies are whole multiples of 128 bytes
     multiply: Any = products if interpret is None else products_plain
 
     def kernel(
-        x_g, xs_g, w_g, table_g, ws_g, bias_g, out_g,
-        x_s, w_s, table_s, xs_s, ws_s, bias_s, out_s, decoded_s,
-        full, free, table_ready, scales_ready,
+        x_g, xs_g, w_g, table_g, ws_g, bias_g, onto_g, gate_g, out_g,
+        x_s, w_s, table_s, xs_s, ws_s, bias_s, gate_s, out_s, decoded_s,
+        full, free, table_ready, scales_ready, onto_ready,
     ):  # fmt: skip
         group = lax.axis_index("warpgroup")
         peer = lax.axis_index("peer")
@@ -215,14 +227,29 @@ def matmul(
 
             def fetch_scales(turn):
                 """What `store` needs, so that it does not wait for it."""
+                here = scales_ready.at[group]
                 at_m, at_n = place(turn)
+                at_n = at_n + group * ROWS
                 for of, to, at, count in (
                     (xs_g, xs_s, at_m, x_scales),
-                    (ws_g, ws_s, at_n + group * ROWS, ROWS),
-                    (bias_g, bias_s, at_n + group * ROWS, ROWS),
+                    (ws_g, ws_s, at_n, ROWS),
+                    (bias_g, bias_s, at_n, ROWS),
+                    (gate_g, gate_s, at_n, ROWS),
                 ):
-                    here = scales_ready.at[group]
-                    plgpu.copy_gmem_to_smem(of.at[pl.ds(at, count)], to.at[group], here)
+                    if of is not None:
+                        plgpu.copy_gmem_to_smem(of.at[pl.ds(at, count)], to.at[group], here)
+                if onto is not None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for number in range(first_pieces):
+                        fetch_onto(turn, number, here)
+
+            def fetch_onto(turn, number, ready):
+                """A piece of what is added to, to where the result will be."""
+                at_m, at_n = place(turn)
+                at, rows = config.cuts[number]
+                of = onto_g.at[pl.ds(at_m + at, rows), pl.ds(at_n + group * ROWS, ROWS)]
+                to = out_s.at[group, number % at_once, pl.ds(0, rows)]
+                plgpu.copy_gmem_to_smem(of, to, ready)
 
             def store(total, turn):
                 """Scale, add the bias and send a warpgroup's result out, piece by piece."""
@@ -231,18 +258,27 @@ def matmul(
                 at_m, at_n = place(turn)
                 of_n = pl.ds(at_n + group * ROWS, ROWS)
                 w_scale, bias = load(ws_s.at[group], BY_W), load(bias_s.at[group], BY_W)
-                for number in range(config.pieces):
-                    at = number * config.piece
-                    rows = min(config.piece, config.tile_m - at)
+                gate = None if onto is None else load(gate_s.at[group], BY_W)
+                for number, (at, rows) in enumerate(config.cuts):
                     piece = total[:, at : at + rows]
                     x_scale = load(xs_s.at[group, pl.ds(at, rows)], BY_X)
-                    y = finished(piece, x_scale, w_scale, bias, activation).astype(out_dtype)
-                    slot = lax.rem(turn * config.pieces + number, at_once)
-                    here = out_s.at[group, slot, pl.ds(0, rows)]
-                    plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
-                    store_transposed(here, y)
+                    y = finished(piece, x_scale, w_scale, bias, activation)
+                    if gate is None:
+                        slot = lax.rem(turn * config.pieces + number, at_once)
+                        here = out_s.at[group, slot, pl.ds(0, rows)]
+                        plgpu.wait_smem_to_gmem(at_once - 1, wait_read_only=True)
+                    else:
+                        here = out_s.at[group, number % at_once, pl.ds(0, rows)]
+                        if number >= first_pieces:
+                            plgpu.barrier_wait(onto_ready.at[group])
+                        y = added(load_transposed(here), y, gate)
+                    store_transposed(here, y.astype(out_dtype))
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(here, out_g.at[pl.ds(at_m + at, rows), of_n])
+                    later = number - 1 + at_once  # goes where the piece before this one was
+                    if gate is not None and first_pieces <= later < config.pieces:
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        fetch_onto(turn, later, onto_ready.at[group])
 
             slot, _ = lax.fori_loop(0, own, tile, (0, weights(0)))
             plgpu.barrier_arrive(free.at[preceding(slot, config.stages)])
@@ -267,6 +303,7 @@ def matmul(
             xs_s=plgpu.SMEM((config.warpgroups, x_scales), jnp.float32),
             ws_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
             bias_s=plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
+            gate_s=None if onto is None else plgpu.SMEM((config.warpgroups, ROWS), jnp.float32),
             decoded_s=None
             if interpret is None
             else plgpu.SMEM((config.warpgroups, ROWS, TILE_K), x.dtype),
@@ -276,7 +313,11 @@ def matmul(
                 readers=config.warpgroups, stages=config.stages, cluster=config.cluster
             ),
             table_ready=plgpu.Barrier(),
-            scales_ready=plgpu.Barrier(num_arrivals=3, num_barriers=config.warpgroups),
+            scales_ready=plgpu.Barrier(
+                num_arrivals=3 if onto is None else 4 + first_pieces,
+                num_barriers=config.warpgroups,
+            ),
+            onto_ready=plgpu.Barrier(num_barriers=config.warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -293,6 +334,8 @@ def matmul(
         table,
         _padded(w.scales, config.tile_n * config.cluster),
         _padded(jnp.zeros(n) if bias is None else bias, config.tile_n * config.cluster),
+        None if onto is None else onto[0],
+        None if onto is None else _padded(onto[1], config.tile_n * config.cluster),
     )
 
 

@@ -87,6 +87,7 @@ def compile_matmul(
     activation: str | None = None,
     out_dtype: str = "bfloat16",
     mode: str = "fast",
+    onto: bool = False,
     **changes: int,
 ) -> None:
     """One case, for an H100; mode BF16 has bf16 rows, `changes` are of the heuristic's Config."""
@@ -95,7 +96,7 @@ def compile_matmul(
     import numpy as np
 
     import sdq
-    from pallas_kernels import quantized_matmul
+    from pallas_kernels import Onto, quantized_matmul
     from pallas_kernels.mosaic_gpu.config import BF16, fitted, heuristic
     from pallas_kernels.mosaic_gpu.operands import tile_weight
     from pallas_kernels.rows import Fp8Rows
@@ -111,6 +112,12 @@ def compile_matmul(
         jax.ShapeDtypeStruct((m, k), jnp.bfloat16) if mode == BF16 else rows,
         jax.eval_shape(tile_weight, q),
         jax.ShapeDtypeStruct((n,), jnp.float32),
+        Onto(
+            x=jax.ShapeDtypeStruct((m, n), out_dtype),
+            gate=jax.ShapeDtypeStruct((1, n), jnp.float32),
+        )
+        if onto
+        else None,
     )
 
     out_bytes = np.dtype(out_dtype).itemsize
@@ -118,13 +125,14 @@ def compile_matmul(
     if changes:
         config = fitted(dataclasses.replace(config, **changes), out_bytes)
 
-    def product(x: Any, w: Any, bias: Any) -> jax.Array:
+    def product(x: Any, w: Any, bias: Any, onto: Any) -> jax.Array:
         return quantized_matmul(
             x,
             w,
             bias=bias,
             activation=activation,
             out_dtype=out_dtype,
+            onto=onto,
             implementation="mosaic_gpu",
             config=config,
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import sdq
-from pallas_kernels import quantized_matmul, supports, which
+from pallas_kernels import Onto, quantized_matmul, supports, which
 from pallas_kernels.mosaic_gpu.operands import tile_weight
 from pallas_kernels.rows import Fp8Rows, deinterleave, fp8_rows, interleave
 
@@ -63,6 +63,23 @@ def test_activation_and_rounding(operands, implementation):
     expected = jax.nn.gelu(jnp.asarray(exact(x, w, bias), jnp.float32), approximate=True)
     assert y.dtype == jnp.bfloat16
     assert relative(y, np.asarray(expected, np.float64)) < 2**-8
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_fp8"])
+@pytest.mark.parametrize("gates", [None, (1, 1, N), (2, 1, N), (2, M, N)])
+def test_a_result_is_added_to_something(rng, operands, implementation, gates):
+    x, w, bias = operands
+    there = jnp.asarray(rng.randn(2, M, N), jnp.float32)
+    gate = None if gates is None else jnp.asarray(rng.randn(*gates), jnp.float32)
+    onto = Onto(x=there, gate=gate)
+    y = quantized_matmul(x, w, bias=bias, onto=onto, implementation=implementation)
+    expected = exact(x, w, bias) * (1 if gate is None else np.asarray(gate)) + np.asarray(there)
+    assert relative(y, expected) < K**0.5 * 2**-24
+    there = there.astype(jnp.bfloat16)
+    rounded = quantized_matmul(x, w, onto=Onto(x=there), implementation=implementation)
+    assert rounded.dtype == jnp.bfloat16  # once: float32 until then
+    once = exact(x, w) + np.asarray(there, np.float64)
+    assert (abs(np.asarray(rounded, np.float64) - once) <= 2**-8 * abs(once) + 1e-5).all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla_fp8"])
@@ -125,6 +142,12 @@ def test_what_was_asked_for_is_done_or_refused(operands):
         ({"activation": "relu"}, "activation: expected one of None, 'gelu', got 'relu'"),
         ({"implementation": "cuda"}, "implementation: expected one of mosaic_gpu"),
         ({"mode": "slow"}, "mode: expected one of fast, accurate, got 'slow'"),
+        ({"onto": Onto(x=jnp.ones((2, M, N + 1)))}, r"onto: expected x float32\[2, 6, 40\], got"),
+        ({"onto": Onto(x=jnp.ones((2, M, N))), "out_dtype": "bfloat16"}, "expected x bfloat16"),
+        (
+            {"onto": Onto(x=jnp.ones((2, M, N)), gate=jnp.ones((3, 1, N)))},
+            r"onto: expected a gate that broadcasts to \[2, 6, 40\], got \[3, 1, 40\]",
+        ),
     ],
 )
 def test_bad_arguments(operands, change, message):

@@ -17,7 +17,8 @@ from models.common.layers import (
     stack,
     unpatchify,
 )
-from pallas_kernels import computed, prepared
+from pallas_kernels import Onto, computed, prepared
+from sdq.decompose import Decomposed
 
 
 @pytest.fixture
@@ -52,9 +53,9 @@ def test_linear_refuses_a_kernel_of_another_shape(linear):
 def test_the_matmul_is_an_argument(linear):
     seen = []
 
-    def spy(x, kernel, *, bias, activation):
+    def spy(x, kernel, *, bias, activation, onto):
         seen.append((x.shape, kernel.shape, bias.shape, activation))
-        return matmul(x, kernel, bias=bias, activation=activation)
+        return matmul(x, kernel, bias=bias, activation=activation, onto=onto)
 
     x = jnp.ones((4, 32))
     y = Linear(8, Ops(matmul=spy)).apply({"params": linear}, x)
@@ -62,6 +63,27 @@ def test_the_matmul_is_an_argument(linear):
     shapes = (4, 32), (32, 8), (8,)
     assert seen == [(*shapes, None), (*shapes, "gelu")]
     np.testing.assert_array_equal(h, jax.nn.gelu(y, approximate=True))
+
+
+@pytest.mark.parametrize("gates", [None, (1, 1, 8), (2, 1, 8), (2, 5, 8)])
+@pytest.mark.parametrize("active", [None, True, False])
+def test_a_linear_adds_to_something(rng, linear, gates, active):
+    """The same numbers as adding afterwards, of decomposed inputs too."""
+    there = jnp.asarray(rng.randn(2, 5, 8), jnp.float32)
+    gate = None if gates is None else jnp.asarray(rng.randn(*gates), jnp.float32)
+    onto = Onto(x=there, gate=gate)
+    base, residual = (jnp.asarray(rng.randn(2, n, 32), jnp.float32) for n in (5, 2))
+    tokens = jnp.asarray([[0, 3], [4, 1]])
+    on = None if active is None else jnp.asarray(active)
+    x = Decomposed(base=base, residual=residual, tokens=tokens, active=on)
+    layer = Linear(8, Ops())
+    for given in (base, x):
+        expected = onto.plus(layer.apply({"params": linear}, given))
+        got = layer.apply({"params": linear}, given, onto)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    gelu = Linear(8, Ops(), activation="gelu")
+    expected = onto.plus(gelu.apply({"params": linear}, x))
+    np.testing.assert_array_equal(gelu.apply({"params": linear}, x, onto), expected)
 
 
 def test_bfloat16_products_are_summed_in_float32():

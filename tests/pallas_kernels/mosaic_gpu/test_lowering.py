@@ -10,6 +10,7 @@ from pallas_kernels import (
     Activated,
     Concatenated,
     Normed,
+    Onto,
     Projected,
     Quantized,
     prepare_heads,
@@ -97,6 +98,27 @@ def test_two_arrays_are_rounded_where_they_are(hopper):
     x, more = (abstract((2, 100, width), jnp.bfloat16) for width in (96, 512))
     text = jax.export.export(jax.jit(call), platforms=["cuda"])(x, more).mlir_module()
     assert text.count("mosaic_gpu_v2") == 1 and "stablehlo.concatenate" not in text
+
+
+@pytest.mark.parametrize(
+    "gate, together",
+    [(None, True), ((1, 1, 200), True), ((2, 1, 200), False), ((2, 100, 200), False)],
+)
+def test_a_result_is_added_where_it_is_made(hopper, gate, together):
+    """Unless rows have gates of their own: then XLA adds."""
+    q = jax.eval_shape(lambda w: sdq.quantize(w, "sdq32:16"), abstract((200, 608), jnp.float32))
+    w = jax.eval_shape(tile_weight, q)
+
+    def call(x, w, onto):
+        return quantized_matmul(x, w, onto=onto)
+
+    there = abstract((2, 100, 200), jnp.bfloat16)
+    onto = Onto(x=there, gate=None if gate is None else abstract(gate, jnp.float32))
+    arguments = abstract((2, 100, 608), jnp.bfloat16), w, onto
+    y = jax.eval_shape(call, *arguments)
+    assert y.shape == there.shape and y.dtype == there.dtype
+    text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
+    assert text.count("mosaic_gpu_v2") == 1 and ("stablehlo.add" in text) != together
 
 
 def test_attention_reads_linears_results(hopper):

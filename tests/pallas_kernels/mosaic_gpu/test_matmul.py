@@ -48,15 +48,41 @@ SMALL = Config(tile_m=64, stages=2)
     ],
 )
 def test_interpreted(rng, capfd, m, n, k, fmt, config):
+    if isinstance(config, FewConfig) and jax.__version_info__ < (0, 12):
+        pytest.skip(
+            "the interpreter before jax 0.12 wants somebody to wait for the last free slots"
+        )
+    y, expected = interpreted(rng, m, n, k, fmt, config)
+    error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    assert error < k**0.5 * 2**-24  # float32 sums of k exact products
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+@pytest.mark.parametrize(
+    "m, n, k, config",
+    [
+        (200, 200, 288, SMALL),  # a piece a tile
+        (100, 320, 256, Config(tile_m=136, stages=2, promote=1)),  # 64, 64 and 8 rows
+        (600, 128, 128, Config(tile_m=256, stages=4)),  # room for three pieces, four in all
+    ],
+)
+def test_interpreted_onto(rng, capfd, m, n, k, config):
+    onto, gate = jnp.asarray(rng.randn(m, n), jnp.bfloat16), rng.randn(n)
+    y, expected = interpreted(rng, m, n, k, "sdq32:16", config, onto, gate)
+    expected = np.asarray(onto, np.float64) + gate * expected
+    assert y.dtype == onto.dtype
+    assert (abs(y - expected) <= 2**-8 * abs(expected) + 1e-3).all()  # rounded once
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def interpreted(rng, m, n, k, fmt, config, onto=None, gate=None):
+    """The kernel's result of random numbers, float32 or as `onto`; x w^T + bias in float64."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.mosaic_gpu.matmul import matmul
     from pallas_kernels.mosaic_gpu.matmul_few import matmul_few
 
-    if isinstance(config, FewConfig) and jax.__version_info__ < (0, 12):
-        pytest.skip(
-            "the interpreter before jax 0.12 wants somebody to wait for the last free slots"
-        )
     numbers = jnp.asarray(rng.randn(m, k) * np.exp2(rng.randint(-6, 6, (m, 1))), jnp.bfloat16)
     w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), fmt)
     bias = jnp.asarray(rng.randn(n), jnp.float32)
@@ -68,23 +94,26 @@ def test_interpreted(rng, capfd, m, n, k, fmt, config):
         rows = fp8_rows(q)
         x, values = sdq.dequantize(q, jnp.float32), interleave(rows.values)
         exponents = rows.exponents[:, 0]
+    fill = -n % TILE_N
+    if onto is not None:
+        gate = jnp.pad(jnp.asarray(gate, jnp.float32), (0, fill))
+        added_to = jnp.pad(onto, ((0, 0), (0, fill))), gate
     y = (matmul_few if isinstance(config, FewConfig) else matmul)(
         jnp.pad(values, ((0, 0), (0, -k % TILE_K))),
         exponents,
         tiled,
-        jnp.pad(bias, (0, -n % TILE_N)),
+        jnp.pad(bias, (0, fill)),
+        **({} if onto is None else {"onto": added_to}),
         activation=lambda y: y,
         config=config,
-        out_dtype=jnp.float32,
+        out_dtype=jnp.float32 if onto is None else onto.dtype,
         num_sms=2,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )[:, :n]
     expected = np.asarray(x, np.float64) @ np.asarray(sdq.dequantize(w), np.float64).T + np.asarray(
         bias, np.float64
     )
-    error = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
-    assert error < k**0.5 * 2**-24  # float32 sums of k exact products
-    assert "RACE" not in "".join(capfd.readouterr())
+    return np.asarray(y), expected
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +126,8 @@ def reports(tmp_path_factory):
         "accurate, in pairs": shape | {"m": 32760, "mode": "accurate"},
         "ragged": {"m": 1001, "n": 1001, "k": 1568, "format": "sdq32:32"},
         "gelu": shape | {"activation": "gelu"},
+        "onto": shape | {"m": 32760, "onto": True},
+        "accurate, onto": shape | {"mode": "accurate", "onto": True},
         "float32": shape | {"out_dtype": "float32"},
         "one row": {"m": 1, "n": 5120, "k": 5120},
         "one long row": {"m": 1, "n": 64, "k": 32768},  # the longest that is not filled up

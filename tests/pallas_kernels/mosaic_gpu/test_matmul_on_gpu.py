@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sdq
-from pallas_kernels import device, quantized_matmul, which
+from pallas_kernels import Onto, device, quantized_matmul, which
 from pallas_kernels.mosaic_gpu.config import MODES, FewConfig, fitted, heuristic
 from pallas_kernels.mosaic_gpu.operands import tile_weight
 
@@ -113,6 +113,24 @@ def test_bias_gelu_and_rounding(rng):
     assert y.dtype == jnp.bfloat16
     error = np.asarray(y, np.float64) - np.asarray(expected, np.float64)
     assert abs(error).max() < 2**-7 * abs(np.asarray(expected)).max()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("m, n, k", [(1000, 1536, 1536), (264, 200, 800), (40, 200, 800)])
+def test_a_result_is_added_to_something(rng, m, n, k, dtype, mode):
+    x = sdq.quantize(jnp.asarray(rng.randn(m, k), jnp.float32), "sdq32:16")
+    w = sdq.quantize(jnp.asarray(rng.randn(n, k), jnp.float32), "sdq32:16")
+    there = jnp.asarray(50 * rng.randn(m, n), dtype)
+    for gates in (None, (1, n), (m, n)):  # the last by XLA
+        gate = None if gates is None else jnp.asarray(rng.randn(*gates), jnp.float32)
+        expected = np.asarray(there, np.float64) + exact(x, w) * (
+            1 if gate is None else np.asarray(gate, np.float64)
+        )
+        y = ours(x, w, onto=Onto(x=there, gate=gate), mode=mode)
+        assert y.dtype == there.dtype
+        rounding = 2**-8 if dtype == "bfloat16" else 0  # twice where XLA adds
+        assert relative(y, expected) < rounding + TOLERANCE[mode]
 
 
 def test_leading_axes_and_the_choice(rng):
