@@ -90,12 +90,13 @@ def quantized_matmul(
     if config is not None:
         raise ValueError(f"config: only mosaic_gpu has one, not {chosen}")
     assert isinstance(w, QTensor)
+    exact = out_dtype if onto is None else np.dtype(np.float32)
     if chosen == "xla_fp8":
         rows = fp8_rows(x) if isinstance(x, QTensor) else x
         assert isinstance(rows, Fp8Rows)
-        y = xla_fp8.matmul(rows, w, bias, activation, jnp.float32 if onto else out_dtype)
+        y = xla_fp8.matmul(rows, w, bias, activation, exact)
     else:
-        y = reference.matmul(x, w, bias, activation, jnp.float32 if onto else out_dtype)
+        y = reference.matmul(x, w, bias, activation, exact)
     return y if onto is None else onto.plus(y)
 
 

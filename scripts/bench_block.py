@@ -23,7 +23,7 @@ from models.common.rope import rope_table
 from models.wan.config import WanConfig
 from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES
-from pallas_kernels import MODES, TiledWeight, quantize_rows, quantized_matmul
+from pallas_kernels import MODES, Onto, TiledWeight, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import (
     SETTLED,
@@ -43,6 +43,8 @@ from scripts._wan import (
     what_to_measure,
 )
 from sdq.rules import path_of
+
+ADDING = ("blocks/self_attn/o", "blocks/cross_attn/o", "blocks/ffn/down")  # to the tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +101,13 @@ def measure(config: WanConfig, grid: Grid) -> tuple[list[Result], dict[str, floa
 
 
 def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, float]:
-    """Milliseconds of what a block consists of, each alone: self-attention, linears, quantising."""
-    keys = iter(jax.random.split(jax.random.key(2), 3 + len(SITES)))
+    """Milliseconds of what a block consists of, each alone: self-attention, linears, quantising.
+
+    And of those linears again that add to the tokens, together or apart.
+    """
+    keys = iter(jax.random.split(jax.random.key(2), 5 + len(SITES)))
+    stream = jax.random.normal(next(keys), (1, tokens, config.width), jnp.bfloat16)
+    onto = Onto(x=stream, gate=jax.random.normal(next(keys), (1, 1, config.width)))
     heads = (1, tokens, config.heads, config.head_width)
     q, k, v = (jax.random.normal(next(keys), heads, jnp.bfloat16) for _ in range(3))
     calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
@@ -120,15 +127,29 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
         for path in kernels:
             calls.append(("linears in bf16", matmul, (x, dense[path])))
             for mode in MODES:
-                product = functools.partial(quantized_matmul, mode=mode)
                 name = f"linears in 4 bits, {mode}"
+                product = functools.partial(quantized_matmul, mode=mode)
                 calls.append((name, product, (rows, quantised[path])))
+                for way in (together, apart) if site in ADDING else ():
+                    name = f"linears that add to the tokens, {way.__name__}, {mode}"
+                    added = functools.partial(way, mode=mode)
+                    calls.append((name, added, (rows, quantised[path], onto)))
     programs = compiled([(function, arguments) for _, function, arguments in calls])
     found: dict[str, float] = dict.fromkeys((name for name, *_ in calls), 0.0)
     for (name, _, arguments), program in zip(calls, programs, strict=True):
         call = functools.partial(program, *arguments)
         found[name] += 1e3 * back_to_back_seconds(call, runs=3, at_least=SETTLED)
     return found
+
+
+def together(x: Any, w: Any, onto: Onto, mode: str) -> jax.Array:
+    """A product that is added to something where it is made."""
+    return quantized_matmul(x, w, onto=onto, mode=mode)
+
+
+def apart(x: Any, w: Any, onto: Onto, mode: str) -> jax.Array:
+    """The same in a second pass."""
+    return onto.plus(quantized_matmul(x, w, mode=mode))
 
 
 def _leaves(tree: Any) -> Any:
