@@ -119,15 +119,19 @@ class Products:
         activation: str | None = None,
         onto: Onto | None = None,
     ) -> jax.Array:
-        """activation(x kernel + bias), and what it is added to."""
-        rest: dict[str, Any] = {"bias": bias, "activation": activation, "onto": onto}
+        """activation(x kernel + bias), and what it is added to.
+
+        In a pass of its own, though `quantized_matmul` could: nothing shows that a block would be
+        faster, and XLA, which adds in place, needs room for all tokens once less.
+        """
         if isinstance(kernel, TiledWeight) or (
             isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)
         ):
-            return quantized_matmul(x, kernel, mode=self.mode, **rest)
+            y = quantized_matmul(x, kernel, bias=bias, activation=activation, mode=self.mode)
+            return y if onto is None else onto.plus(y)
         if isinstance(x, Fp8Rows):
             raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
-        return layers.matmul(x, kernel, **rest)
+        return layers.matmul(x, kernel, bias=bias, activation=activation, onto=onto)
 
 
 def tile_kernels(params: Any) -> Any:

@@ -122,9 +122,7 @@ class FeedForward(nn.Module):
     site: str
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array | Deferred, state: Any, onto: Onto | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array | Deferred, state: Any, onto: Onto) -> tuple[jax.Array, Any]:
         """`[B, S, D]` -> `[B, S, D]`, added to what is there; state."""
         quantizer = self.ops.quantizer
         up = Linear(self.width, self.ops, activation="gelu", defer=True, name="up")
