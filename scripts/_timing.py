@@ -51,9 +51,10 @@ def median_seconds(function: Callable, runs: int, enough: float = math.inf) -> f
 
 
 def peak_bytes(compiled: Any) -> int:
-    """XLA's own account of a compiled program: arguments, outputs and temporaries."""
+    """XLA's own account of a compiled program: arguments, outputs elsewhere and temporaries."""
     memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 
 
 def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.02) -> float:
@@ -68,10 +69,11 @@ def back_to_back_seconds(function: Callable, runs: int = 5, at_least: float = 0.
 
 
 def side_by_side_seconds(
-    functions: dict[str, Callable[[], Any]],
+    functions: dict[str, Callable[..., Any]],
     runs: int = 5,
     at_least: float = 0.02,
     behind: Callable[[], Any] | None = None,
+    fresh: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
     """`back_to_back_seconds` of each, a queue of every one in turn.
 
@@ -84,17 +86,25 @@ def side_by_side_seconds(
       at_least: seconds that a queue should take.
       behind: long work that goes first and is not counted. While it runs the queue fills, so that
         kernels which are shorter than their dispatch do not wait for it.
+      fresh: what every call gets for itself, made before the clock starts.
     """
+
+    def arguments(calls: int) -> list[tuple[Any, ...]]:
+        return jax.block_until_ready([(fresh(),) if fresh else () for _ in range(calls)])
+
     calls = {}
     for name, function in functions.items():
-        jax.block_until_ready(function())
-        calls[name] = max(1, math.ceil(at_least / median_seconds(function, 3)))
+        once = arguments(5)  # one to compile, one to warm up, three that are timed
+        jax.block_until_ready(function(*once.pop()))
+        seconds_of_one = median_seconds(lambda f=function, own=once: f(*own.pop()), 3)
+        calls[name] = max(1, math.ceil(at_least / seconds_of_one))
 
-    def queue(function: Callable[[], Any], calls: int) -> float:
+    def queue(function: Callable[..., Any], calls: int) -> float:
+        own = arguments(calls)
         start = time.perf_counter()
         last = behind() if behind else None
-        for _ in range(calls):
-            last = function()
+        for each in own:
+            last = function(*each)
         jax.block_until_ready(last)
         return time.perf_counter() - start
 

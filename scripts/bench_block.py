@@ -5,7 +5,7 @@
 Random weights, one video, 512 tokens of text. SemanticDialect decomposes a tenth of the tokens and
 shares sub-formatbooks at every input, which is more than a plan asks of most blocks; its step is
 one of those that neither look nor learn. Attention is cuDNN's; in "full_path", otherwise the same,
-fp8.
+fp8. As in a model's scan, the tokens that come in are given away: results may take their place.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from models.common.rope import rope_table
 from models.wan.config import WanConfig
 from models.wan.modeling import Block
 from models.wan.sites import SITES, TEXT_SITES
-from pallas_kernels import MODES, Onto, TiledWeight, quantize_rows, quantized_matmul
+from pallas_kernels import MODES, TiledWeight, quantize_rows, quantized_matmul
 from scripts import _results as results
 from scripts._timing import (
     SETTLED,
@@ -43,8 +43,6 @@ from scripts._wan import (
     what_to_measure,
 )
 from sdq.rules import path_of
-
-ADDING = ("blocks/self_attn/o", "blocks/cross_attn/o", "blocks/ffn/down")  # to the tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,20 +72,23 @@ def measure(config: WanConfig, grid: Grid) -> tuple[list[Result], dict[str, floa
     for name, (ops, state) in ways(config, grid, layers=1).items():
         tried[name] = ops, fewer, jax.tree.map(lambda part: part[0], state)
 
-    def run(ops: Ops, weights: Any, x: Any, text: Any, modulation: Any, memory: Any) -> Any:
+    def run(ops: Ops, x: Any, weights: Any, text: Any, modulation: Any, memory: Any) -> Any:
         inputs = (x, text, None, modulation, rope, memory)
         return Block(config, ops).apply({"params": weights}, *inputs)
 
     calls = {
-        name: (functools.partial(run, ops), (weights, x, text, modulation, memory))
+        name: (
+            jax.jit(functools.partial(run, ops), donate_argnums=0),
+            (x, weights, text, modulation, memory),
+        )
         for name, (ops, weights, memory) in tried.items()
     }
     programs = dict(zip(calls, compiled(list(calls.values())), strict=True))
     peaks = {name: peak_bytes(program) / 2**20 for name, program in programs.items()}
-    timed: dict[str, Callable[[], Any]] = {
-        name: functools.partial(program, *calls[name][1]) for name, program in programs.items()
+    timed: dict[str, Callable[..., Any]] = {
+        name: functools.partial(with_tokens, programs[name], calls[name][1][1:]) for name in calls
     }
-    seconds = side_by_side_seconds(timed, at_least=SETTLED)
+    seconds = side_by_side_seconds(timed, at_least=SETTLED, fresh=lambda: jnp.copy(x))
     found = [
         Result(
             name=name,
@@ -100,14 +101,14 @@ def measure(config: WanConfig, grid: Grid) -> tuple[list[Result], dict[str, floa
     return found, parts(config, tokens, params, fewer)
 
 
-def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, float]:
-    """Milliseconds of what a block consists of, each alone: self-attention, linears, quantising.
+def with_tokens(program: Callable[..., Any], others: tuple[Any, ...], x: jax.Array) -> Any:
+    """A call of a block, whose tokens come first."""
+    return program(x, *others)
 
-    And of those linears again that add to the tokens, together or apart.
-    """
-    keys = iter(jax.random.split(jax.random.key(2), 5 + len(SITES)))
-    stream = jax.random.normal(next(keys), (1, tokens, config.width), jnp.bfloat16)
-    onto = Onto(x=stream, gate=jax.random.normal(next(keys), (1, 1, config.width)))
+
+def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, float]:
+    """Milliseconds of what a block consists of, each alone: self-attention, linears, quantising."""
+    keys = iter(jax.random.split(jax.random.key(2), 3 + len(SITES)))
     heads = (1, tokens, config.heads, config.head_width)
     q, k, v = (jax.random.normal(next(keys), heads, jnp.bfloat16) for _ in range(3))
     calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
@@ -130,26 +131,12 @@ def parts(config: WanConfig, tokens: int, params: Any, fewer: Any) -> dict[str, 
                 name = f"linears in 4 bits, {mode}"
                 product = functools.partial(quantized_matmul, mode=mode)
                 calls.append((name, product, (rows, quantised[path])))
-                for way in (together, apart) if site in ADDING else ():
-                    name = f"linears that add to the tokens, {way.__name__}, {mode}"
-                    added = functools.partial(way, mode=mode)
-                    calls.append((name, added, (rows, quantised[path], onto)))
     programs = compiled([(function, arguments) for _, function, arguments in calls])
     found: dict[str, float] = dict.fromkeys((name for name, *_ in calls), 0.0)
     for (name, _, arguments), program in zip(calls, programs, strict=True):
         call = functools.partial(program, *arguments)
         found[name] += 1e3 * back_to_back_seconds(call, runs=3, at_least=SETTLED)
     return found
-
-
-def together(x: Any, w: Any, onto: Onto, mode: str) -> jax.Array:
-    """A product that is added to something where it is made."""
-    return quantized_matmul(x, w, onto=onto, mode=mode)
-
-
-def apart(x: Any, w: Any, onto: Onto, mode: str) -> jax.Array:
-    """The same in a second pass."""
-    return onto.plus(quantized_matmul(x, w, mode=mode))
 
 
 def _leaves(tree: Any) -> Any:

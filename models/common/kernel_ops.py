@@ -119,16 +119,13 @@ class Products:
         activation: str | None = None,
         onto: Onto | None = None,
     ) -> jax.Array:
-        """activation(x kernel + bias), and what it is added to.
-
-        In a pass of its own, though `quantized_matmul` could: nothing shows that a block would be
-        faster, and XLA, which adds in place, needs room for all tokens once less.
-        """
+        """activation(x kernel + bias), and what it is added to."""
         if isinstance(kernel, TiledWeight) or (
             isinstance(x, Fp8Rows) and isinstance(kernel, QTensor)
         ):
-            y = quantized_matmul(x, kernel, bias=bias, activation=activation, mode=self.mode)
-            return y if onto is None else onto.plus(y)
+            return quantized_matmul(
+                x, kernel, bias=bias, activation=activation, onto=onto, mode=self.mode
+            )
         if isinstance(x, Fp8Rows):
             raise ValueError(f"no kernel multiplies {_kind(x)} by {_kind(kernel)}")
         return layers.matmul(x, kernel, bias=bias, activation=activation, onto=onto)

@@ -71,7 +71,8 @@ def matmul(
       x_exponents: int8 `[M]`, of the rows; None: all zero.
       w: the weight, of N rows with those that fill the last tile.
       bias: float32 `[N]`, or None.
-      onto: `[M, N]` of out_dtype, 16 bits a number, and its gate, float32 `[N]`; or None.
+      onto: `[M, N]` of out_dtype, 16 bits a number, whose place the result takes, and its gate,
+        float32 `[N]`; or None.
       activation: of single numbers.
       config: how.
       out_dtype: of the result.
@@ -96,7 +97,7 @@ def matmul(
     multiply: Any = products if interpret is None else products_plain
 
     def kernel(
-        x_g, xs_g, w_g, table_g, ws_g, bias_g, onto_g, gate_g, out_g,
+        x_g, xs_g, w_g, table_g, ws_g, bias_g, gate_g, out_g,
         x_s, w_s, table_s, xs_s, ws_s, bias_s, gate_s, out_s, decoded_s,
         full, free, table_ready, scales_ready, onto_ready,
     ):  # fmt: skip
@@ -247,7 +248,7 @@ def matmul(
                 """A piece of what is added to, to where the result will be."""
                 at_m, at_n = place(turn)
                 at, rows = config.cuts[number]
-                of = onto_g.at[pl.ds(at_m + at, rows), pl.ds(at_n + group * ROWS, ROWS)]
+                of = out_g.at[pl.ds(at_m + at, rows), pl.ds(at_n + group * ROWS, ROWS)]
                 to = out_s.at[group, number % at_once, pl.ds(0, rows)]
                 plgpu.copy_gmem_to_smem(of, to, ready)
 
@@ -289,7 +290,7 @@ def matmul(
     ring = functools.partial(swizzled, stages=config.stages)
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((m, n), out_dtype) if onto is None else (),
         grid=(num_sms // config.cluster,),
         grid_names=("block",),
         cluster=(config.cluster,),
@@ -327,16 +328,20 @@ def matmul(
         **({} if interpret is None else {"interpret": interpret}),
     )
     scales = jnp.ones(m) if x_exponents is None else row_scales(x_exponents, bad=1.0)
-    return call(
+    operands = (
         x,
         _padded(scales, config.tile_m, x_scales - config.tile_m),
         w.groups,
         table,
         _padded(w.scales, config.tile_n * config.cluster),
         _padded(jnp.zeros(n) if bias is None else bias, config.tile_n * config.cluster),
-        None if onto is None else onto[0],
         None if onto is None else _padded(onto[1], config.tile_n * config.cluster),
     )
+    if onto is None:
+        return call(*operands)
+    there = jax.new_ref(onto[0])  # without a copy, if nobody else needs what it holds
+    call(*operands, there)
+    return jax.freeze(there)
 
 
 def snake(number: jax.Array, tiles_m: int, tiles_n: int, width: int) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """What times calls."""
 
+import itertools
 import time
 
 from scripts._timing import median_seconds, side_by_side_seconds
@@ -9,6 +10,19 @@ def test_work_that_goes_first_is_not_counted():
     calls = {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.05)}
     found = side_by_side_seconds(calls, behind=lambda: time.sleep(0.2))
     assert 0 < found["short"] < found["long"] < 0.1  # counted, two calls would share 0.2
+
+
+def test_every_call_gets_its_own_which_is_not_counted():
+    numbers = itertools.count()
+    seen = []
+
+    def fresh():
+        time.sleep(0.05)
+        return next(numbers)
+
+    found = side_by_side_seconds({"call": seen.append}, runs=2, at_least=0, fresh=fresh)
+    assert found["call"] < 0.05
+    assert len(seen) == len(set(seen)) > 5
 
 
 def test_long_calls_are_few():

@@ -94,17 +94,17 @@ def test_inputs_in_bf16_take_the_kernel_too(quantised):
         Products()(x, one)
 
 
-def test_the_mode_reaches_the_kernel(quantised, monkeypatch):
+def test_the_mode_and_what_is_added_to_reach_the_kernel(quantised, monkeypatch):
     asked = []
 
-    def product(x, kernel, *, mode, **_):
-        asked.append(mode)
+    def product(x, kernel, *, mode, onto, **_):
+        asked.append((mode, onto is not None))
         return jnp.ones((*x.shape[:-1], kernel.shape[-1]), x.dtype)
 
     monkeypatch.setattr("models.common.kernel_ops.quantized_matmul", product)
     for mode in ("fast", "accurate"):
         run(quantised, PLAIN, on_kernels(Ops(quantizer=PLAIN), mode), steps=1)
-        assert set(asked) == {mode}
+        assert set(asked) == {(mode, False), (mode, True)}
         asked.clear()
     with pytest.raises(ValueError, match="expected one of fast, accurate, got 'faster'"):
         on_kernels(Ops(), "faster")

@@ -105,7 +105,7 @@ def test_two_arrays_are_rounded_where_they_are(hopper):
     [(None, True), ((1, 1, 200), True), ((2, 1, 200), False), ((2, 100, 200), False)],
 )
 def test_a_result_is_added_where_it_is_made(hopper, gate, together):
-    """Unless rows have gates of their own: then XLA adds."""
+    """And takes the place of what it is added to; unless rows have gates of their own: XLA adds."""
     q = jax.eval_shape(lambda w: sdq.quantize(w, "sdq32:16"), abstract((200, 608), jnp.float32))
     w = jax.eval_shape(tile_weight, q)
 
@@ -119,6 +119,7 @@ def test_a_result_is_added_where_it_is_made(hopper, gate, together):
     assert y.shape == there.shape and y.dtype == there.dtype
     text = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments).mlir_module()
     assert text.count("mosaic_gpu_v2") == 1 and ("stablehlo.add" in text) != together
+    assert ("output_operand_alias" in text) == together
 
 
 def test_attention_reads_linears_results(hopper):
