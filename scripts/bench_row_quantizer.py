@@ -27,7 +27,7 @@ BEHIND = 0.05  # seconds of other work, while calls queue that are shorter than 
 FORMATS = ("sdq32:16", "sdq32:32", "e2m1:16")
 CUTS: dict[str, dict[str, Any]] = {
     "no exchange": {"exchange": False},
-    "8 warps": {"warps": 8},
+    **{f"{warps} warps": {"warps": warps} for warps in (8, 20, 24)},
     "8 columns": {"columns": 8},
     "a row ahead": {"ahead": True},
     **{f"{threads} threads": {"threads": threads} for threads in (32, 64, 128, 256)},
@@ -58,7 +58,7 @@ def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
         config = dataclasses.replace(default, **change)
         if words_held(k, 16, config.threads) <= MOST_WORDS:
             found[name] = timed(config=config)
-            if change.keys() & {"threads", "ahead"}:
+            if change.keys() & {"threads", "ahead", "warps"}:
                 found[f"norm in front, {name}"] = timed(norm=norm, config=config)
     return found
 

@@ -142,6 +142,22 @@ class Program:
             a = self.let("add.rn.f32", a, self.of_lane_across(a, distance))
         return a
 
+    def multiply_tiles(
+        self, a: Sequence[Operand], b: Sequence[Operand], onto: Sequence[Register]
+    ) -> list[Register]:
+        """onto + A B on tensor cores: bf16 A `[16, K]`, B `[K, 8]`, float32 sums `[16, 8]`.
+
+        K is 8 times the words of B that a lane has, one or two; of A it has twice as many. Of lane
+        l, g = l / 4 and t = l mod 4: a has pairs at rows g, g + 8, and again for the other columns,
+        2 t and 2 t + 1, then 8 later; b those of column g. It gets the sums at row g and columns
+        2 t and 2 t + 1, then those at row g + 8.
+        """
+        assert len(a) == 2 * len(b)
+        sums = [self.new() for _ in onto]
+        shape = f"m16n8k{8 * len(b)}"
+        self.emit(f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32", sums, a, b, onto)
+        return sums
+
     def converge(self) -> None:
         """The warp's lanes wait for each other; the compiler moves nothing across."""
         self.emit("bar.warp.sync", ALL_LANES)
@@ -169,7 +185,7 @@ class Program:
         return self.let("selp.b64", a, b, condition, kind="d")
 
     def load(self, space: str, count: int, address: Register, offset: int = 0) -> list[Register]:
-        """New registers with 1, 2 or 4 words of "global.nc" or "shared"."""
+        """New registers with 1, 2 or 4 words of "global", "global.nc" or "shared"."""
         words = [self.new() for _ in range(count)]
         self.load_into(words, space, address, offset)
         return words

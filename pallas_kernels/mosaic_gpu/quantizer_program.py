@@ -9,7 +9,7 @@ a bank.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels.mosaic_gpu import quantizer_tables as tables
@@ -30,7 +30,13 @@ from pallas_kernels.mosaic_gpu.quantizer_block import (
     row_exponent,
 )
 from pallas_kernels.mosaic_gpu.quantizer_norm import QUAD, QUAD_BYTES, normalise
-from pallas_kernels.mosaic_gpu.quantizer_task import DIALECT_BYTES, DIALECTS, WARP, Task
+from pallas_kernels.mosaic_gpu.quantizer_task import (
+    DIALECT_BYTES,
+    DIALECTS,
+    MEETING,
+    WARP,
+    Task,
+)
 from sdq.codecs.dialect import BAD_ROW
 from sdq.formatbook import FIRST_TOP
 
@@ -179,13 +185,19 @@ def _row(
     masks = _masks(p, task, lane, source)
     out = _outputs(p, task, lane, row, unfinished)
     if task.eps is not None:
-        sum_of_row = functools.partial(_across_row, p, task, lane, p.warp_sum, "add.rn.f32")
-        normalise(p, task, blocks, _modulation(p, task, lane, source), sum_of_row)
+        normalise(
+            p,
+            task,
+            [(words, exists and lane.warp_in_last) for words, exists in blocks],
+            p.both(lane.number, WARP - 1),
+            _modulation(p, task, lane, source),
+            functools.partial(_across_row, p, task, lane, "add.rn.f32"),
+        )
 
     p.label("AGAIN")
     maxima = [block_maximum(p, block.words) for block in blocks]
     of_thread = functools.reduce(p.larger, maxima)
-    of_everybody = _across_row(p, task, lane, p.warp_maximum, "max.u32", of_thread)
+    (of_everybody,) = _across_row(p, task, lane, "max.u32", p.warp_maximum(of_thread))
     exponent = exponent_of(p, of_everybody)
     of_row = row_exponent(p, exponent)
     bad = p.equal(exponent, NON_FINITE)
@@ -321,33 +333,34 @@ def _modulation(p: Program, task: Task, lane: Lane, row: Register) -> Register:
 
 
 def _across_row(
-    p: Program,
-    task: Task,
-    lane: Lane,
-    across_warp: Callable[[Register], Register],
-    join: str,
-    of_thread: Register,
-) -> Register:
-    """What all threads of a row have, joined.
+    p: Program, task: Task, lane: Lane, join: str, *of_warp: Register
+) -> list[Register]:
+    """What all warps of a row have, joined: of each number that all lanes of a warp know.
 
     Warps meet at the row's own barrier once: the next time they write elsewhere, and nobody is two
     times ahead.
     """
-    of_warp = across_warp(of_thread)
+    assert len(of_warp) <= MEETING
     warps = task.config.threads // WARP
     if warps == 1:
-        return of_warp
-    shared = task.argument("shared")
+        return list(of_warp)
+    shared, array = task.argument("shared"), 4 * task.config.warps
     place = p.add(p.multiply_add(lane.warp, 4, shared), lane.parity)
     in_warp = p.both(lane.number, WARP - 1)
-    p.store("shared", place, [of_warp], task.warps_at, when=p.equal(in_warp, 0))
+    for number, one in enumerate(of_warp):
+        at = task.warps_at + number * array
+        p.store("shared", place, [one], at, when=p.equal(in_warp, 0))
     p.emit("bar.sync", p.add(lane.group, 1), task.config.threads)
     place = p.add(p.multiply_add(lane.group, 4 * warps, shared), lane.parity)
-    parts = []
-    for first in range(0, warps, 4):
-        parts += p.load("shared", min(4, warps), place, task.warps_at + 4 * first)
-    p.emit("xor.b32", lane.parity, lane.parity, 4 * task.config.warps)
-    return functools.reduce(lambda a, b: p.let(join, a, b), parts)
+    joined = []
+    for number in range(len(of_warp)):
+        parts = []
+        for first in range(0, warps, 4):
+            at = task.warps_at + number * array + 4 * first
+            parts += p.load("shared", min(4, warps), place, at)
+        joined.append(functools.reduce(lambda a, b: p.let(join, a, b), parts))
+    p.emit("xor.b32", lane.parity, lane.parity, MEETING * array)
+    return joined
 
 
 def _store(

@@ -10,6 +10,7 @@ from sdq.formats import Format
 WARP = 32
 DIALECTS = 256
 DIALECT_BYTES = 8
+MEETING = 2  # numbers that the warps of a row tell each other at once, at most
 # Threads of a row: the words of x that each may hold before more threads share the row.
 WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
 WORDS_WITH_NORM = 32  # whose gains and shifts want registers too
@@ -169,4 +170,4 @@ class Task:
     @property
     def shared_bytes(self) -> int:
         """Of shared memory."""
-        return self.warps_at + 2 * 4 * self.config.warps
+        return self.warps_at + 2 * MEETING * 4 * self.config.warps

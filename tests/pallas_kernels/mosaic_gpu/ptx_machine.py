@@ -130,6 +130,8 @@ class Machine:
             self.access(kind, operands, lanes)
         elif kind[0] in ("redux", "shfl"):
             self.exchange(kind[0], operands, lanes)
+        elif kind[0] == "mma":
+            self.multiply_tiles(operands, lanes)
         else:
             constants = any(isinstance(operand, int) for operand in operands)
             assert not ("f16x2" in name and constants), f"{name} takes no constants"
@@ -186,6 +188,33 @@ class Machine:
         else:
             values = values[:, np.arange(WARP) ^ operands[2]]
         self.put(operands[0], lanes, values.reshape(-1))
+
+    def multiply_tiles(self, operands, lanes):
+        """bf16 tiles, their product and what it is added to rounded once to float32."""
+        self.check_whole_warps(lanes)
+        d, a, b, c = ([name.strip() for name in text.strip("{}").split(",")] for text in operands)
+        g, t = np.divmod(np.arange(WARP), 4)
+
+        def tile(shape, dtype, names, places):
+            found = np.zeros((lanes.size // WARP, *shape))
+            for name, place in zip(names, places, strict=True):
+                words = self.value(name, lanes).astype(np.uint32).reshape(-1, WARP, 1).view(dtype)
+                for half, (row, column) in enumerate(place):
+                    found[:, row, column] = words[..., half]
+            return found
+
+        halves = [8 * number + 2 * t for number in range(len(b))]
+        of_a = [[(g + up, k), (g + up, k + 1)] for k in halves for up in (0, 8)]
+        of_b = [[(k, g), (k + 1, g)] for k in halves]
+        sums = [[(g + up, 2 * t + odd)] for up in (0, 8) for odd in (0, 1)]
+        with np.errstate(all="ignore"):
+            product = tile((16, 8 * len(b)), ml_dtypes.bfloat16, a, of_a) @ tile(
+                (8 * len(b), 8), ml_dtypes.bfloat16, b, of_b
+            )
+            result = (product + tile((16, 8), np.float32, c, sums)).astype(np.float32)
+        for name, [(row, column)] in zip(d, sums, strict=True):
+            bits = result[:, row, column].reshape(-1).view(np.uint32)
+            self.put(name, lanes, bits.astype(np.uint64))
 
     def check_whole_warps(self, lanes):
         assert (np.bincount(lanes // WARP, minlength=1) % WARP == 0).all(), "lanes are missing"
@@ -332,6 +361,7 @@ OPERATIONS = {
     "mul.rn.f32": _on_reals(np.multiply),
     "fma.rn.f32": _on_reals(lambda a, b, c: a * b + c),
     "max.NaN.f32": _on_reals(np.maximum),
+    "neg.f32": _on_reals(np.negative),
     "ex2.approx.ftz.f32": _on_reals(np.exp2),
     "tanh.approx.f32": _on_reals(np.tanh),
     "rsqrt.approx.ftz.f32": _on_reals(lambda a: 1 / np.sqrt(a)),

@@ -67,9 +67,9 @@ def test_sub_formatbooks_and_residuals(rng, fmt, by_block):
     check(got, [np.concatenate(parts) for parts in zip(want, more, strict=True)])
 
 
-@pytest.mark.parametrize("length", [1536, 3072, 5120])
-def test_norm_in_front(rng, length):
-    x = (3 * rng.randn(256, length) + 1).astype(ml_dtypes.bfloat16)
+@pytest.mark.parametrize("length, mean", [(1536, 1), (3072, 1), (5120, 1), (5120, -100)])
+def test_norm_in_front(rng, length, mean):
+    x = (3 * rng.randn(256, length) + mean).astype(ml_dtypes.bfloat16)
     gain, shift = rng.randn(2, 2, length).astype(np.float32)
     norm = Norm(jnp.asarray(gain), jnp.asarray(shift), 1e-6)
     got = run(x, "sdq32:16", norm=norm)
