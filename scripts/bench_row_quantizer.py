@@ -18,7 +18,7 @@ from pallas_kernels import device
 from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
 from pallas_kernels.mosaic_gpu.quantizer_task import default_config, words_held
 from scripts import _results as results
-from scripts._timing import long_work, side_by_side_seconds
+from scripts._timing import compiled, long_work, side_by_side_seconds
 from sdq import formats
 
 SHAPES = ((32768, 5120), (32760, 13824), (32760, 8960), (32760, 1536), (76544, 3072))
@@ -34,32 +34,34 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def ways(x: jax.Array) -> dict[str, Callable[[], Any]]:
-    """What to time, by name."""
-    m, k = x.shape
+def ways(m: int, k: int) -> dict[str, Callable[[jax.Array], Any]]:
+    """What to time, by name: functions of x `[m, k]`."""
     books = jnp.full((65, 1, 8), 15, jnp.uint8)
     sub = SubFormatbooks(books, jnp.zeros(m, jnp.int32))
     tokens = jnp.arange(0, m, 10, dtype=jnp.int32)
     norm = Norm(jnp.ones((1, k)), jnp.zeros((1, k)), 1e-6)
     default = default_config(k, 16)
 
-    def timed(fmt: str = FORMATS[0], **options: Any) -> Callable[[], Any]:
-        call = functools.partial(
+    def timed(fmt: str = FORMATS[0], **options: Any) -> Callable[[jax.Array], Any]:
+        return functools.partial(
             quantize, fmt=formats.parse(fmt), num_sms=device.current().cores, **options
         )
-        return functools.partial(jax.jit(call), x)
 
-    found = {fmt: timed(fmt) for fmt in FORMATS}
+    found: dict[str, Callable[[jax.Array], Any]] = {"copy": lambda x: -x}
+    found |= {fmt: timed(fmt) for fmt in FORMATS}
     found["with metadata"] = timed(metadata=True)
     found["shared books"] = timed(sub_formatbooks=sub)
     found["residuals of a tenth"] = timed(residual_of=tokens)
     found["norm in front"] = timed(norm=norm)
+    found["GELU in front"] = timed(activation="gelu")
     for name, change in CUTS.items():
         config = dataclasses.replace(default, **change)
         if words_held(k, 16, config.threads) <= MOST_WORDS:
             found[name] = timed(config=config)
             if change.keys() & {"threads", "ahead", "warps"}:
                 found[f"norm in front, {name}"] = timed(norm=norm, config=config)
+            if "warps" in change:
+                found[f"GELU in front, {name}"] = timed(activation="gelu", config=config)
     return found
 
 
@@ -68,7 +70,12 @@ def measure(m: int, k: int) -> dict[str, float]:
     noise = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
     channels = jnp.exp(jax.random.normal(jax.random.key(1), (1, k))).astype(jnp.bfloat16)
     x = noise * channels
-    timed = {"copy": functools.partial(jax.jit(lambda x: -x), x)} | ways(x)
+    functions = ways(m, k)
+    programs = compiled([(function, (x,)) for function in functions.values()])
+    timed: dict[str, Callable[[], Any]] = {
+        name: functools.partial(program, x)
+        for name, program in zip(functions, programs, strict=True)
+    }
     seconds = side_by_side_seconds(timed, behind=long_work(BEHIND))
     return {name: 1e3 * one for name, one in seconds.items()}
 
