@@ -94,10 +94,12 @@ def side_by_side_seconds(
 
     calls = {}
     for name, function in functions.items():
-        once = arguments(5)  # one to compile, one to warm up, three that are timed
-        jax.block_until_ready(function(*once.pop()))
-        seconds_of_one = median_seconds(lambda f=function, own=once: f(*own.pop()), 3)
-        calls[name] = max(1, math.ceil(at_least / seconds_of_one))
+
+        def once(function: Callable[..., Any] = function) -> Any:
+            return function(*arguments(1)[0])
+
+        jax.block_until_ready(once())
+        calls[name] = max(1, math.ceil(at_least / median_seconds(once, 3)))
 
     def queue(function: Callable[..., Any], calls: int) -> float:
         own = arguments(calls)

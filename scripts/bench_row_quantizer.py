@@ -80,10 +80,21 @@ def measure(m: int, k: int) -> dict[str, float]:
     return {name: 1e3 * one for name, one in seconds.items()}
 
 
-def to_lines(m: int, k: int, milliseconds: dict[str, float]) -> list[str]:
+def to_markdown(times: dict[str, dict[str, float]], where: dict[str, str]) -> str:
+    """The page that goes into docs/results."""
+    return results.page(
+        "The fused activation quantiser",
+        where,
+        "Calls queue behind other work, because some take less time than their dispatch.",
+        *(line for shape, found in times.items() for line in to_lines(shape, found)),
+    )
+
+
+def to_lines(shape: str, milliseconds: dict[str, float]) -> list[str]:
     """A table for a shape."""
+    m, k = map(int, shape.split(" x "))
     copied = 4 * m * k / milliseconds["copy"]
-    lines = ["", f"## {m} x {k}", "", "| | ms | share of a copy's bandwidth |", "|---|---|---|"]
+    lines = ["", f"## {shape}", "", "| | ms | share of a copy's bandwidth |", "|---|---|---|"]
     for name, value in milliseconds.items():
         moved = 4 * m * k if name == "copy" else 3 * m * k + m
         lines.append(f"| {name} | {value:.4f} | {moved / value / copied:.0%} |")
@@ -97,15 +108,14 @@ def main() -> None:
     if not device.current().is_hopper:
         parser.error(f"needs a Hopper GPU, not {device.current().kind}")
     where = results.environment("bench_row_quantizer")
-    times, lines = {}, []
+    times = {}
     for m, k in SHAPES:
-        times[f"{m} x {k}"] = measure(m, k)
-        lines += to_lines(m, k, times[f"{m} x {k}"])
-        print("\n".join(to_lines(m, k, times[f"{m} x {k}"])), flush=True)
+        shape = f"{m} x {k}"
+        times[shape] = measure(m, k)
+        print("\n".join(to_lines(shape, times[shape])), flush=True)
         if args.out:
-            page = results.page("The fused activation quantiser", where, *lines)
             document = {"environment": where, "ms": times}
-            results.write(args.out, "row_quantizer_hopper", page, document)
+            results.write(args.out, "row_quantizer_hopper", to_markdown(times, where), document)
 
 
 if __name__ == "__main__":
