@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks, quantize
-from pallas_kernels.mosaic_gpu.quantizer_task import default_config, words_held
+from pallas_kernels.mosaic_gpu.quantizer_task import Config, default_config, words_held
 from scripts import _results as results
 from scripts._timing import compiled, long_work, side_by_side_seconds
 from sdq import formats
@@ -25,13 +25,7 @@ SHAPES = ((32768, 5120), (32760, 13824), (32760, 8960), (32760, 1536), (76544, 3
 MOST_WORDS = 64  # of a thread, before registers spill
 BEHIND = 0.05  # seconds of other work, while calls queue that are shorter than their dispatch
 FORMATS = ("sdq32:16", "sdq32:32", "e2m1:16")
-CUTS: dict[str, dict[str, Any]] = {
-    "no exchange": {"exchange": False},
-    **{f"{warps} warps": {"warps": warps} for warps in (8, 20, 24)},
-    "8 columns": {"columns": 8},
-    "a row ahead": {"ahead": True},
-    **{f"{threads} threads": {"threads": threads} for threads in (32, 64, 128, 256)},
-}
+CUTS = ((32, 16), (32, 20), (64, 16), (64, 20), (128, 16), (128, 20), (160, 20), (256, 16))
 
 
 def ways(m: int, k: int) -> dict[str, Callable[[jax.Array], Any]]:
@@ -40,7 +34,6 @@ def ways(m: int, k: int) -> dict[str, Callable[[jax.Array], Any]]:
     sub = SubFormatbooks(books, jnp.zeros(m, jnp.int32))
     tokens = jnp.arange(0, m, 10, dtype=jnp.int32)
     norm = Norm(jnp.ones((1, k)), jnp.zeros((1, k)), 1e-6)
-    default = default_config(k, 16)
 
     def timed(fmt: str = FORMATS[0], **options: Any) -> Callable[[jax.Array], Any]:
         return functools.partial(
@@ -51,17 +44,27 @@ def ways(m: int, k: int) -> dict[str, Callable[[jax.Array], Any]]:
     found |= {fmt: timed(fmt) for fmt in FORMATS}
     found["with metadata"] = timed(metadata=True)
     found["shared books"] = timed(sub_formatbooks=sub)
-    found["residuals of a tenth"] = timed(residual_of=tokens)
-    found["norm in front"] = timed(norm=norm)
-    found["GELU in front"] = timed(activation="gelu")
-    for name, change in CUTS.items():
-        config = dataclasses.replace(default, **change)
-        if words_held(k, 16, config.threads) <= MOST_WORDS:
-            found[name] = timed(config=config)
-            if change.keys() & {"threads", "ahead", "warps"}:
-                found[f"norm in front, {name}"] = timed(norm=norm, config=config)
-            if "warps" in change:
-                found[f"GELU in front, {name}"] = timed(activation="gelu", config=config)
+    more: dict[str, dict[str, Any]] = {
+        "": {},
+        "norm in front": {"norm": norm},
+        "GELU in front": {"activation": "gelu"},
+        "residuals of a tenth": {"residual_of": tokens},
+        "norm, shared books, residuals": {
+            "norm": norm,
+            "sub_formatbooks": sub,
+            "residual_of": tokens,
+        },
+    }
+    found |= {name: timed(**options) for name, options in more.items() if name}
+    default = default_config(k, 16)
+    found["no exchange"] = timed(config=dataclasses.replace(default, exchange=False))
+    found["8 columns"] = timed(config=dataclasses.replace(default, columns=8))
+    for threads, warps in CUTS:
+        if words_held(k, 16, threads) <= MOST_WORDS:
+            cut = f"{threads} threads, {warps} warps"
+            for name, options in more.items():
+                config = Config(threads=threads, warps=warps)
+                found[f"{name}, {cut}" if name else cut] = timed(config=config, **options)
     return found
 
 

@@ -162,7 +162,48 @@ class Program:
         """The warp's lanes wait for each other; the compiler moves nothing across."""
         self.emit("bar.warp.sync", ALL_LANES)
 
+    # ---- memory that comes while the program goes on
+
+    # A barrier is 8 bytes of shared memory: a register with its address, and an offset.
+
+    def initialise_arrival(self, at: tuple[Register, int], *, when: str) -> None:
+        """A barrier, for one `expect` a phase and the bytes that this names."""
+        self.emit("mbarrier.init.shared::cta.b64", _at(*at), 1, when=when)
+
+    def expect(self, arrival: tuple[Register, int], size: int, *, when: str) -> None:
+        """The barrier's phase is over when so many bytes have come."""
+        self.emit("mbarrier.arrive.expect_tx.shared::cta.b64", "_", _at(*arrival), size, when=when)
+
+    def fetch(
+        self,
+        to: tuple[Register, int],
+        source: Register,
+        size: int,
+        arrival: tuple[Register, int],
+        *,
+        when: str,
+    ) -> None:
+        """Let bytes come from global to shared memory, both addresses multiples of 16."""
+        self.emit(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+            _at(*to),
+            _at(source, 0),
+            size,
+            _at(*arrival),
+            when=when,
+        )
+
+    def wait(self, name: str, arrival: tuple[Register, int], phase: Register) -> None:
+        """Until a phase of the barrier is over: 0, then 1, then 0 again, ..."""
+        self.label(name)
+        over = self.let("mbarrier.try_wait.parity.shared::cta.b64", _at(*arrival), phase, kind="p")
+        self.jump(name, when=f"!{over}")
+
     # ---- conditions, addresses, memory
+
+    def both_hold(self, a: str, b: str) -> str:
+        """The condition that both do."""
+        return self.let("and.pred", a, b, kind="p")
 
     def equal(self, a: Operand, b: Operand) -> str:
         """The condition a == b."""

@@ -8,6 +8,7 @@ A thread's gains and shifts lie in memory so that a warp reads 512 bytes in a ro
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,20 @@ from pallas_kernels.mosaic_gpu.quantizer_task import WARP, Task
 
 QUAD = 4  # numbers of a load
 QUAD_BYTES = 2 * WARP * QUAD * 4  # of a warp's gains and shifts
+EARLY = 2  # gains and shifts of so many loads come while the warps of a row wait for each other
 ONES = 0x3F803F80  # two bf16 numbers
+
+
+class Modulation(NamedTuple):
+    """Of four numbers.
+
+    Attributes:
+      gains: float32 each.
+      shifts: float32 each.
+    """
+
+    gains: list[Register]
+    shifts: list[Register]
 
 
 def arranged(gain: jax.Array, shift: jax.Array, task: Task) -> jax.Array:
@@ -32,12 +46,22 @@ def arranged(gain: jax.Array, shift: jax.Array, task: Task) -> jax.Array:
     return both.transpose(0, 2, 4, 1, 3, 5)
 
 
+def read(p: Program, task: Task, at: Register, four: int) -> Modulation:
+    """Of four of a thread's numbers; `at` is where its first gain is."""
+    slot, in_block = divmod(four, task.block // QUAD)
+    tile = slot * task.config.threads // WARP
+    offset = (tile * (task.block // QUAD) + in_block) * QUAD_BYTES
+    # Not "global.nc": the compiler would load them once for all rows and registers spill.
+    gains = p.load("global", QUAD, at, offset)
+    return Modulation(gains, p.load("global", QUAD, at, offset + QUAD_BYTES // 2))
+
+
 def normalise(
     p: Program,
     task: Task,
     blocks: Sequence[tuple[Sequence[Register], str | None]],
     lane: Register,
-    modulation: Register,
+    modulation: Callable[[int], Modulation],
     sums_of_row: Callable[..., list[Register]],
 ) -> None:
     """Replace a row's numbers by LN(x) gain + shift, rounded to bf16.
@@ -48,12 +72,14 @@ def normalise(
       blocks: this thread's, each its words, zero where it does not exist, and the condition that
         one of its warp's does, or None: all do.
       lane: number of this thread in its warp.
-      modulation: where this lane's first gain is.
+      modulation: of four of this thread's numbers, counted from its first.
       sums_of_row: of float32 numbers that each warp has.
     """
     assert task.eps is not None
     every = [word for words, _ in blocks for word in words]
-    total, squares = sums_of_row(*sums_of_warp(p, lane, every))
+    of_warp = sums_of_warp(p, lane, every)
+    early = [modulation(four) for four in range(EARLY)]
+    total, squares = sums_of_row(*of_warp)
     mean, mean_square = (
         p.let("mul.rn.f32", one, real(1 / task.length)) for one in (total, squares)
     )
@@ -62,17 +88,13 @@ def normalise(
     variance = p.let("max.NaN.f32", variance, real(0))
     inverse = p.let("rsqrt.approx.ftz.f32", p.let("add.rn.f32", variance, real(task.eps)))
     before = p.let("mul.rn.f32", negative, inverse)
-    tile_bytes = task.block // QUAD * QUAD_BYTES
     for slot, (words, exists) in enumerate(blocks):
         p.converge()  # else the compiler loads everything at once and registers spill
         if exists:
             p.jump("NORMED", when=f"!{exists}")
-        at = slot * task.config.threads // WARP * tile_bytes
         for first in range(0, len(words), 2):
-            offset = at + first // 2 * QUAD_BYTES
-            # Not "global.nc": the compiler would load them once for all rows and registers spill.
-            gains = p.load("global", QUAD, modulation, offset)
-            shifts = p.load("global", QUAD, modulation, offset + QUAD_BYTES // 2)
+            four = (slot * len(words) + first) // 2
+            gains, shifts = early[four] if four < EARLY else modulation(four)
             for half, word in enumerate(words[first : first + 2]):
                 low, high = (
                     p.let("fma.rn.f32", p.let("fma.rn.f32", x, inverse, before), gain, shift)

@@ -1,15 +1,15 @@
 """The quantiser's program: what every thread does, as PTX.
 
 `threads` of a row hold its blocks in registers, thread t blocks t, t + threads, ...: x is read
-once. First the row's largest magnitude (in a thread, across its warp, through shared memory), then
-each block on its own (`quantizer_block`).
+once, ahead of time (`quantizer_fetch`). First the row's largest magnitude (in a thread, across its
+warp, through shared memory), then each block on its own (`quantizer_block`).
 
 The table lies in shared memory in as many copies as lanes read it at once, so that no two meet in
 a bank.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pallas_kernels.mosaic_gpu import quantizer_tables as tables
@@ -29,7 +29,21 @@ from pallas_kernels.mosaic_gpu.quantizer_block import (
     quantize_block,
     row_exponent,
 )
-from pallas_kernels.mosaic_gpu.quantizer_norm import QUAD, QUAD_BYTES, normalise
+from pallas_kernels.mosaic_gpu.quantizer_fetch import (
+    Block,
+    Place,
+    arrived,
+    fetch,
+    initialise,
+    place_of,
+)
+from pallas_kernels.mosaic_gpu.quantizer_norm import (
+    QUAD,
+    QUAD_BYTES,
+    Modulation,
+    normalise,
+    read,
+)
 from pallas_kernels.mosaic_gpu.quantizer_task import (
     DIALECT_BYTES,
     DIALECTS,
@@ -48,7 +62,7 @@ class Lane(NamedTuple):
 
     Attributes:
       number: of the thread in its row, t.
-      warp: of the thread in its block.
+      warp: of the thread in its row.
       group: which of the rows at once is its own.
       first: condition, t == 0.
       odd: condition, t is odd.
@@ -56,6 +70,7 @@ class Lane(NamedTuple):
       warp_in_last: condition, some lane of its warp has.
       parity: 0 or the bytes of what warps tell each other, by turns.
       look_up: its tables.
+      place: of its row.
     """
 
     number: Register
@@ -67,18 +82,7 @@ class Lane(NamedTuple):
     warp_in_last: str | None
     parity: Register
     look_up: LookUp
-
-
-class Block(NamedTuple):
-    """A block of x in registers.
-
-    Attributes:
-      words: two bf16 numbers each.
-      exists: a condition, or None: it does.
-    """
-
-    words: list[Register]
-    exists: str | None
+    place: Place
 
 
 class Outputs(NamedTuple):
@@ -93,43 +97,39 @@ def program(task: Task) -> str:
     """The text of the whole kernel."""
     p = Program()
     thread = p.let("mov.u32", "%tid.x")
-    _fill_shared(p, task, thread)
+    _fill_tables(p, task, thread)
+    initialise(p, task, thread)
+    p.emit("bar.sync", 0)
     lane = _lane(p, task, thread)
     turn = p.let("mov.u32", "%ctaid.x")
     turns = p.let("mov.u32", "%nctaid.x")
     first = p.multiply_add(turn, task.rows_at_once, lane.group)
     step = p.multiply_add(turns, task.rows_at_once, 0)
     end = task.rows + task.residuals
-    if not task.config.ahead:
+    source = _source(p, task, first)
+    fetch(p, task, lane.place, source, when=p.both_hold(lane.first, p.less(first, end)))
+    if task.residuals:
+        source = p.copy(source)
 
-        def row(number: Register) -> None:
-            source = _source(p, task, number)
-            blocks = _blocks(p, task, lane)
-            _load(p, task, lane, source, blocks)
-            _row(p, task, lane, number, source, blocks)
+    def row(number: Register) -> None:
+        own = p.copy(source) if task.residuals else number
+        due = p.both_hold(lane.first, p.less(p.add(number, step), end))
+        blocks = arrived(p, task, lane.place, lane.number, lane.in_last)
 
-        p.strided("ROW", first, end, step, row)
-        return p.text()
+        def fetch_next() -> None:
+            following = _source(p, task, p.add(number, step))
+            fetch(p, task, lane.place, following, when=due)
+            if task.residuals:
+                p.emit("mov.b32", source, following)
+                p.emit("setp.lt.u32", due, 0, 0)  # not again when the row goes round twice
 
-    # Behind the last row, that one again.
-    source = p.copy(_source(p, task, p.smaller(first, end - 1)))
-    following = _blocks(p, task, lane)
-    _load(p, task, lane, source, following)
+        _row(p, task, lane, number, own, blocks, fetch_next)
 
-    def row_read_before(number: Register) -> None:
-        own, blocks = p.copy(source), _blocks(p, task, lane)
-        for block, of in zip(blocks, following, strict=True):
-            for word, other in zip(block.words, of.words, strict=True):
-                p.emit("mov.b32", word, other)
-        p.emit("mov.b32", source, _source(p, task, p.smaller(p.add(number, step), end - 1)))
-        _load(p, task, lane, source, following)
-        _row(p, task, lane, number, own, blocks)
-
-    p.strided("ROW", first, end, step, row_read_before)
+    p.strided("ROW", first, end, step, row)
     return p.text()
 
 
-def _fill_shared(p: Program, task: Task, thread: Register) -> None:
+def _fill_tables(p: Program, task: Task, thread: Register) -> None:
     """Both tables, the first in many copies."""
     shared = task.argument("shared")
 
@@ -144,37 +144,47 @@ def _fill_shared(p: Program, task: Task, thread: Register) -> None:
     assert tables.ENTRY_BYTES == DIALECT_BYTES == 8
     copy_pairs("table", task.table_pairs, task.config.columns, 0)
     copy_pairs("dialects", DIALECTS, 1, task.dialects_at)
-    p.emit("bar.sync", 0)
 
 
 def _lane(p: Program, task: Task, thread: Register) -> Lane:
     config = task.config
     shared = task.argument("shared")
-    number = p.both(thread, config.threads - 1)
+    # The same in all lanes. Of a maximum the compiler knows that: rows are then counted in
+    # registers that lanes share, and branches by them do not part a warp.
+    warp = p.warp_maximum(p.shift_right(thread, 5))
+    group = p.let("div.u32", warp, config.threads // WARP)
+    number = p.multiply_add(group, -config.threads, thread)
     in_last = warp_in_last = None
     if rest := task.blocks % config.threads:
         in_last = p.less(number, rest)
-        warp_in_last = p.less(p.both(number, config.threads - WARP), rest)
+        warp_in_last = p.less(p.both(number, -WARP), rest)
     smallest_top = FIRST_TOP * tables.ENTRIES if len(task.book.tops) > 1 else 0
     smallest = tables.ENTRY_BYTES * config.columns * (smallest_top + HALF_BIN)
     column = p.multiply_add(p.both(thread, config.columns - 1), tables.ENTRY_BYTES, shared)
     return Lane(
         number=number,
-        warp=p.shift_right(thread, 5),
-        group=p.shift_right(thread, config.threads.bit_length() - 1),
+        warp=p.multiply_add(group, -config.threads // WARP, warp),
+        group=group,
         first=p.equal(number, 0),
         odd=p.equal(p.both(number, 1), 1),
         in_last=in_last,
         warp_in_last=warp_in_last,
         parity=p.copy(0),
         look_up=LookUp(p.add(column, -smallest), p.add(shared, task.dialects_at)),
+        place=place_of(p, task, group),
     )
 
 
 def _row(
-    p: Program, task: Task, lane: Lane, row: Register, source: Register, blocks: list[Block]
+    p: Program,
+    task: Task,
+    lane: Lane,
+    row: Register,
+    source: Register,
+    blocks: list[Block],
+    fetch_next: Callable[[], None],
 ) -> None:
-    """Quantise one row, `source` of x, which is in `blocks`.
+    """Quantise one row, `source` of x, which is in `blocks`; once all have it, fetch the next.
 
     One beyond M is what that left over of another, so it goes round twice.
     """
@@ -185,19 +195,27 @@ def _row(
     masks = _masks(p, task, lane, source)
     out = _outputs(p, task, lane, row, unfinished)
     if task.eps is not None:
+
+        def sums_of_row(*of_warp: Register) -> list[Register]:
+            sums = _across_row(p, task, lane, "add.rn.f32", *of_warp)
+            fetch_next()
+            return sums
+
         normalise(
             p,
             task,
             [(words, exists and lane.warp_in_last) for words, exists in blocks],
             p.both(lane.number, WARP - 1),
             _modulation(p, task, lane, source),
-            functools.partial(_across_row, p, task, lane, "add.rn.f32"),
+            sums_of_row,
         )
 
     p.label("AGAIN")
     maxima = [block_maximum(p, block.words) for block in blocks]
     of_thread = functools.reduce(p.larger, maxima)
     (of_everybody,) = _across_row(p, task, lane, "max.u32", p.warp_maximum(of_thread))
+    if task.eps is None:
+        fetch_next()
     exponent = exponent_of(p, of_everybody)
     of_row = row_exponent(p, exponent)
     bad = p.equal(exponent, NON_FINITE)
@@ -236,49 +254,14 @@ def _row(
 
 
 def _source(p: Program, task: Task, row: Register) -> Register:
-    """Which row of x to read."""
+    """Which row of x to read; behind the last row, as there."""
     if not task.residuals:
         return row
+    row = p.smaller(row, task.rows + task.residuals - 1)
     source = p.copy(row)
     at = p.address(task.argument("tokens"), p.subtract(row, task.rows), 4)
     p.load_into([source], "global.nc", at, when=p.less(task.rows - 1, row))
     return source
-
-
-def _blocks(p: Program, task: Task, lane: Lane) -> list[Block]:
-    """Registers for this thread's; one that does not exist is zero."""
-    blocks = []
-    for slot in range(task.slots):
-        exists = lane.in_last if slot == task.slots - 1 else None
-        words = [p.new() for _ in range(task.block // 2)]
-        if exists:
-            for word in words:
-                p.emit("mov.b32", word, 0)
-        blocks.append(Block(words, exists))
-    return blocks
-
-
-def _load(p: Program, task: Task, lane: Lane, row: Register, blocks: list[Block]) -> None:
-    """Read this thread's, if they exist."""
-    own = task.length - task.more  # channels of x, in front of the others
-
-    def first_of(name: str, channels: int, before: int) -> Register:
-        """Where this thread's first block would be in an array, channels `before` it counted."""
-        at = p.address(task.argument(name), row, 2 * channels)
-        at = p.address(at, lane.number, 2 * task.block)
-        return p.address_before(at, 2 * before) if before else at
-
-    of_x = first_of("x", own, 0)
-    of_more = first_of("more", task.more, own) if task.more else of_x
-    for slot, (words, exists) in enumerate(blocks):
-        left = own // task.block - slot * task.config.threads  # blocks of x, from this slot on
-        if 0 < left < task.config.threads:
-            at = p.select_address(p.less(lane.number, left), of_x, of_more)
-        else:
-            at = of_x if left > 0 else of_more
-        for first in range(0, len(words), 4):
-            offset = 2 * slot * task.config.threads * task.block + 4 * first
-            p.load_into(words[first : first + 4], "global.nc", at, offset, when=exists)
 
 
 def _masks(p: Program, task: Task, lane: Lane, row: Register) -> list[Masks | None]:
@@ -319,17 +302,15 @@ def _outputs(p: Program, task: Task, lane: Lane, row: Register, is_residual: str
     )
 
 
-def _modulation(p: Program, task: Task, lane: Lane, row: Register) -> Register:
-    """Where this lane's first gain is."""
-    at: Register = task.argument("modulation")
+def _modulation(p: Program, task: Task, lane: Lane, row: Register) -> Callable[[int], Modulation]:
+    """Of this thread's numbers in a row of x."""
+    video = p.let("div.u32", row, task.rows // task.batch) if task.batch > 1 else p.copy(0)
     tile = task.block // QUAD * QUAD_BYTES
     warps = task.config.threads // WARP
-    if task.batch > 1:
-        number = p.let("div.u32", row, task.rows // task.batch)
-        at = p.address(at, number, task.slots * warps * tile)
-    if warps > 1:
-        at = p.address(at, p.shift_right(lane.number, 5), tile)
-    return p.address(at, p.both(lane.number, WARP - 1), 4 * QUAD)
+    at: Register = p.address(task.argument("modulation"), video, task.slots * warps * tile)
+    at = p.address(at, lane.warp, tile)
+    at = p.address(at, p.both(lane.number, WARP - 1), 4 * QUAD)
+    return functools.partial(read, p, task, at)
 
 
 def _across_row(
@@ -344,21 +325,22 @@ def _across_row(
     warps = task.config.threads // WARP
     if warps == 1:
         return list(of_warp)
-    shared, array = task.argument("shared"), 4 * task.config.warps
-    place = p.add(p.multiply_add(lane.warp, 4, shared), lane.parity)
+    array = 4 * task.places * task.rows_at_once
+    shared = p.add(task.argument("shared"), lane.parity)
+    of_row = p.multiply_add(lane.group, 4 * task.places, shared)
+    place = p.multiply_add(lane.warp, 4, of_row)
     in_warp = p.both(lane.number, WARP - 1)
     for number, one in enumerate(of_warp):
         at = task.warps_at + number * array
         p.store("shared", place, [one], at, when=p.equal(in_warp, 0))
     p.emit("bar.sync", p.add(lane.group, 1), task.config.threads)
-    place = p.add(p.multiply_add(lane.group, 4 * warps, shared), lane.parity)
     joined = []
     for number in range(len(of_warp)):
         parts = []
-        for first in range(0, warps, 4):
+        for first in range(0, task.places, 4):
             at = task.warps_at + number * array + 4 * first
-            parts += p.load("shared", min(4, warps), place, at)
-        joined.append(functools.reduce(lambda a, b: p.let(join, a, b), parts))
+            parts += p.load("shared", min(4, task.places), of_row, at)
+        joined.append(functools.reduce(lambda a, b: p.let(join, a, b), parts[:warps]))
     p.emit("xor.b32", lane.parity, lane.parity, MEETING * array)
     return joined
 

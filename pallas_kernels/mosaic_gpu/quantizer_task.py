@@ -10,12 +10,11 @@ from sdq.formats import Format
 WARP = 32
 DIALECTS = 256
 DIALECT_BYTES = 8
+ALIGNED = 16  # bytes, what bulk copies ask for
 MEETING = 2  # numbers that the warps of a row tell each other at once, at most
 # Threads of a row: the words of x that each may hold before more threads share the row.
 WORDS_HELD = {32: 32, 64: 32, 128: 56, 256: 56, 512: 56}
 WORDS_WITH_NORM = 32  # whose gains and shifts want registers too
-WORDS_AHEAD = 24  # of a row that is read ahead: they are there twice
-THREADS_AHEAD = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,49 +22,45 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      threads: of a row, a power of two of at least a warp.
-      warps: of a thread block, a multiple of 4.
+      threads: of a row, whole warps.
+      warps: of a thread block, a multiple of 4, for one or more rows.
       columns: copies of the table; 16 leave no bank conflict.
       exchange: with blocks of 16, whether neighbours swap words to store 16 bytes at once, else
         each stores twice 8.
-      ahead: whether a row is read while the one before is worked on.
     """
 
     threads: int = 128
     warps: int = 16
     columns: int = 16
     exchange: bool = True
-    ahead: bool = False
 
     def __post_init__(self):
         """Refuse what no program can be written for."""
         together = self.warps * WARP
-        for name, value in (("threads", self.threads), ("columns", self.columns)):
-            if value <= 0 or value & (value - 1):
-                raise ValueError(f"{name}: expected a power of two, got {value}")
         if self.warps % 4 or not 0 < self.warps <= 32:
             raise ValueError(f"warps: expected a multiple of 4 up to 32, got {self.warps}")
-        if not WARP <= self.threads <= together or together % self.threads:
+        if self.threads <= 0 or self.threads % WARP or together % self.threads:
             raise ValueError(
-                f"threads: expected a divisor of {together} from 32, got {self.threads}"
+                f"threads: expected whole warps that divide {together}, got {self.threads}"
             )
         if self.threads > WARP and together // self.threads > 15:
             raise ValueError(f"threads: at most 15 rows have a barrier each, got {self}")
-        if self.columns > 16:
-            raise ValueError(f"columns: expected at most 16, got {self.columns}")
+        if self.columns not in (1, 2, 4, 8, 16):
+            raise ValueError(f"columns: expected a power of two up to 16, got {self.columns}")
+
+
+# Of 5120 channels: with two blocks each, no thread waits for one that has more.
+EVEN_LENGTH, EVEN_BLOCK = 5120, 16
+EVEN = Config(threads=160, warps=20)
 
 
 def default_config(length: int, block: int, *, norm: bool = False) -> Config:
-    """The fewest threads a row that leave each few enough words; measured on an H100.
-
-    The warps of a row wait for each other twice more with a norm: if they are many, and have room,
-    the next row comes meanwhile.
-    """
+    """The fewest threads a row that leave each few enough words; measured on an H200."""
+    if (length, block) == (EVEN_LENGTH, EVEN_BLOCK):
+        return EVEN
     for threads, most in WORDS_HELD.items():
-        words = words_held(length, block, threads)
-        if words <= (min(most, WORDS_WITH_NORM) if norm else most):
-            ahead = norm and words <= WORDS_AHEAD and threads >= THREADS_AHEAD
-            return Config(threads=threads, ahead=ahead)
+        if words_held(length, block, threads) <= (min(most, WORDS_WITH_NORM) if norm else most):
+            return Config(threads=threads)
     return Config(threads=max(WORDS_HELD))
 
 
@@ -170,4 +165,26 @@ class Task:
     @property
     def shared_bytes(self) -> int:
         """Of shared memory."""
-        return self.warps_at + 2 * MEETING * 4 * self.config.warps
+        return self.rows_at + self.place_bytes * self.rows_at_once
+
+    @property
+    def places(self) -> int:
+        """For a number of each of a row's warps, which are read four at once."""
+        warps = self.config.threads // WARP
+        return warps if warps <= 2 else -(-warps // 4) * 4
+
+    @property
+    def rows_at(self) -> int:
+        """Where shared memory holds the rows that are worked on next."""
+        told = self.warps_at + 2 * MEETING * 4 * self.places * self.rows_at_once
+        return -(-told // ALIGNED) * ALIGNED
+
+    @property
+    def row_bytes(self) -> int:
+        """Of x."""
+        return 2 * self.length
+
+    @property
+    def place_bytes(self) -> int:
+        """Of such a row and, behind it, its barrier."""
+        return self.row_bytes + ALIGNED

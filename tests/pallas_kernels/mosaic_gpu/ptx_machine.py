@@ -2,12 +2,14 @@
 
 Knows the instructions that `pallas_kernels.mosaic_gpu.ptx` writes. Checks what a GPU would not
 tell: every access is aligned and inside its array, lanes that exchange registers are together,
-barriers meet, registers are written before they are read (they begin as garbage).
+barriers meet, registers are written before they are read (they begin as garbage). What is fetched
+comes when somebody waits for it; with a seed perhaps at once.
 
 Threads at one instruction run together. In lock step the one furthest behind goes first; with a
 seed, warps race: after every barrier a random one runs ahead as far as it can.
 """
 
+import functools
 import re
 
 import ml_dtypes
@@ -81,6 +83,8 @@ class Machine:
         self.turns = np.zeros(threads, np.int64)  # jumps back: who is behind whom
         self.rank = np.zeros(threads, np.int64)
         self.waiting = np.full(threads, -1)
+        self.arrivals = {}
+        self.vain = 0  # polls since something happened
         for number, begin in enumerate(memory.begins):
             self.set(f"${number}", begin)
         self.set(f"${len(memory.begins)}", SHARED_BEGINS)
@@ -132,6 +136,12 @@ class Machine:
             self.exchange(kind[0], operands, lanes)
         elif kind[0] == "mma":
             self.multiply_tiles(operands, lanes)
+        elif kind[0] == "mbarrier":
+            self.arrival(kind[1], operands, lanes)
+        elif name.startswith("cp.async.bulk.shared"):
+            self.fetch(operands, lanes)
+        elif kind[0] == "fence":
+            pass
         else:
             constants = any(isinstance(operand, int) for operand in operands)
             assert not ("f16x2" in name and constants), f"{name} takes no constants"
@@ -164,12 +174,56 @@ class Machine:
         if self.rng is not None:
             self.rank = np.repeat(self.rng.permutation(self.threads // WARP), WARP)
 
+    def arrival(self, kind, operands, lanes):
+        place = operands[1] if kind in ("arrive", "try_wait") else operands[0]
+        addresses = self.address(place, lanes)
+        if kind == "try_wait":
+            self.poll(operands, addresses, lanes)
+            return
+        for address in addresses.tolist():
+            if kind == "init":
+                assert address % 8 == 0 and operands[1] == 1
+                self.arrivals[address] = Arrival()
+            else:
+                self.arrivals[address].expect(operands[2])
+
+    def poll(self, operands, addresses, lanes):
+        """Whoever waits in vain goes last; what is on its way comes now."""
+        answers = []
+        for address, phase in zip(addresses.tolist(), self.value(operands[2], lanes), strict=True):
+            self.arrivals[address].come()
+            answers.append(self.arrivals[address].phase != phase)
+        self.put(operands[0], lanes, np.array(answers, np.uint64))
+        in_vain = lanes[~np.array(answers)]
+        self.rank[in_vain] = self.rank.max() + 1
+        self.vain = self.vain + 1 if in_vain.size else 0
+        assert self.vain < 100 * self.threads, "waits for what nobody fetches"
+
+    def fetch(self, operands, lanes):
+        to, source, size, arrival = operands
+        places = [self.address(name, lanes).astype(np.int64) for name in (to, source, arrival)]
+        for into, begin, at in zip(*(place.tolist() for place in places), strict=True):
+            assert into % 16 == begin % 16 == size % 16 == 0, "misaligned"
+            parts = self.memory["shared"], into, self.memory["global"], begin
+
+            def copy(shared, into, memory, begin):
+                assert memory.open[begin : begin + size].all(), "outside every array"
+                assert shared.open[into : into + size].all(), "outside shared memory"
+                shared.bytes[into : into + size] = memory.bytes[begin : begin + size]
+
+            self.arrivals[at].fetch(size, functools.partial(copy, *parts))
+            if self.rng is not None and self.rng.random() < 0.5:
+                self.arrivals[at].come()
+
+    def address(self, operand, lanes):
+        base, _, offset = operand.strip("[]").partition("+")
+        return self.value(_operand(base), lanes) + np.uint64(int(offset or 0) % 2**64)
+
     def access(self, kind, operands, lanes):
         size = int(kind[-1][1:]) // 8
         target, data = reversed(operands) if kind[0] == "ld" else operands
         registers = [_operand(name.strip()) for name in str(data).strip("{}").split(",")]
-        base, _, offset = target.strip("[]").partition("+")
-        address = self.value(base, lanes) + np.uint64(int(offset or 0) % 2**64)
+        address = self.address(target, lanes)
         if "shared" in kind:
             address &= np.uint64(0xFFFFFFFF)
         memory = self.memory["shared" if "shared" in kind else "global"]
@@ -218,6 +272,28 @@ class Machine:
 
     def check_whole_warps(self, lanes):
         assert (np.bincount(lanes // WARP, minlength=1) % WARP == 0).all(), "lanes are missing"
+
+
+class Arrival:
+    """A barrier for what is fetched: one `expect` a phase."""
+
+    def __init__(self):
+        self.phase, self.expected, self.copies = 0, None, []
+
+    def expect(self, size):
+        assert self.expected is None, "expected twice"
+        self.expected = size
+
+    def fetch(self, size, copy):
+        self.copies.append((size, copy))
+
+    def come(self):
+        for size, copy in self.copies:
+            copy()
+            self.expected -= size
+        self.copies = []
+        if self.expected == 0:
+            self.phase, self.expected = 1 - self.phase, None
 
 
 def _parsed(text):
@@ -351,6 +427,7 @@ OPERATIONS = {
     "popc.b32": _on_words(np.bitwise_count),
     "setp.eq.u32": _on_words(np.equal),
     "setp.lt.u32": _on_words(np.less),
+    "and.pred": lambda a, b: a & b,
     "selp.b32": lambda a, b, condition: np.where(condition != 0, a, b),
     "selp.b64": lambda a, b, condition: np.where(condition != 0, a, b),
     "lop3.b32": _logic,

@@ -44,7 +44,15 @@ def test_every_bit_is_sdqs(rng, shape, book, block):
 
 @pytest.mark.parametrize(
     "change",
-    [{"exchange": False}, {"columns": 1}, {"warps": 8}, {"threads": 64}, {"threads": 512}],
+    [
+        {"exchange": False},
+        {"columns": 1},
+        {"warps": 8},
+        {"threads": 64},
+        {"threads": 96, "warps": 12},
+        {"threads": 160, "warps": 20},
+        {"threads": 512},
+    ],
 )
 def test_every_cut_gives_the_same_bits(rng, change):
     x = rows(515, 5120, rng)
