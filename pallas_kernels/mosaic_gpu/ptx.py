@@ -164,39 +164,42 @@ class Program:
 
     # ---- memory that comes while the program goes on
 
-    # A barrier is 8 bytes of shared memory: a register with its address, and an offset.
+    def initialise_arrival(self, at: Register, offset: int, *, when: str) -> None:
+        """A barrier of 8 bytes of shared memory: a phase is one `expect` and the bytes it names."""
+        self.emit("mbarrier.init.shared::cta.b64", _at(at, offset), 1, when=when)
 
-    def initialise_arrival(self, at: tuple[Register, int], *, when: str) -> None:
-        """A barrier, for one `expect` a phase and the bytes that this names."""
-        self.emit("mbarrier.init.shared::cta.b64", _at(*at), 1, when=when)
-
-    def expect(self, arrival: tuple[Register, int], size: int, *, when: str) -> None:
+    def expect(self, arrival: Register, size: int, *, when: str) -> None:
         """The barrier's phase is over when so many bytes have come."""
-        self.emit("mbarrier.arrive.expect_tx.shared::cta.b64", "_", _at(*arrival), size, when=when)
+        self.emit(
+            "mbarrier.arrive.expect_tx.shared::cta.b64", "_", _at(arrival, 0), size, when=when
+        )
 
     def fetch(
         self,
-        to: tuple[Register, int],
+        to: Register,
+        offset: int,
         source: Register,
         size: int,
-        arrival: tuple[Register, int],
+        arrival: Register,
         *,
         when: str,
     ) -> None:
         """Let bytes come from global to shared memory, both addresses multiples of 16."""
         self.emit(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
-            _at(*to),
+            _at(to, offset),
             _at(source, 0),
             size,
-            _at(*arrival),
+            _at(arrival, 0),
             when=when,
         )
 
-    def wait(self, name: str, arrival: tuple[Register, int], phase: Register) -> None:
+    def wait(self, name: str, arrival: Register, phase: Register) -> None:
         """Until a phase of the barrier is over: 0, then 1, then 0 again, ..."""
         self.label(name)
-        over = self.let("mbarrier.try_wait.parity.shared::cta.b64", _at(*arrival), phase, kind="p")
+        over = self.let(
+            "mbarrier.try_wait.parity.shared::cta.b64", _at(arrival, 0), phase, kind="p"
+        )
         self.jump(name, when=f"!{over}")
 
     # ---- conditions, addresses, memory

@@ -7,7 +7,7 @@ for the next. Nobody holds registers for what is on its way, and nobody waits fo
 from typing import NamedTuple
 
 from pallas_kernels.mosaic_gpu.ptx import Program, Register
-from pallas_kernels.mosaic_gpu.quantizer_task import Task
+from pallas_kernels.mosaic_gpu.quantizer_task import ARRIVAL_BYTES, Task
 
 PIECE_BYTES = 16  # of a load
 BANKS_BYTES = 128
@@ -17,11 +17,13 @@ class Place(NamedTuple):
     """For one row in shared memory.
 
     Attributes:
-      row: its address; behind it is its barrier.
+      row: its address.
+      arrival: of its barrier.
       phase: of the barrier, which ends next.
     """
 
     row: Register
+    arrival: Register
     phase: Register
 
 
@@ -41,26 +43,29 @@ def initialise(p: Program, task: Task, thread: Register) -> None:
     """All barriers of a thread block; its threads have to meet before somebody fetches."""
     is_first = p.equal(thread, 0)
     for row in range(task.rows_at_once):
-        at = task.rows_at + task.place_bytes * row + task.row_bytes
-        p.initialise_arrival((task.argument("shared"), at), when=is_first)
+        at = task.arrivals_at + ARRIVAL_BYTES * row
+        p.initialise_arrival(task.argument("shared"), at, when=is_first)
     p.emit("fence.proxy.async.shared::cta")
 
 
 def place_of(p: Program, task: Task, group: Register) -> Place:
     """Of the rows at once, one's."""
-    first = p.add(task.argument("shared"), task.rows_at)
-    return Place(row=p.multiply_add(group, task.place_bytes, first), phase=p.copy(0))
+    shared = task.argument("shared")
+    return Place(
+        row=p.multiply_add(group, task.row_bytes, p.add(shared, task.rows_at)),
+        arrival=p.multiply_add(group, ARRIVAL_BYTES, p.add(shared, task.arrivals_at)),
+        phase=p.copy(0),
+    )
 
 
 def fetch(p: Program, task: Task, place: Place, row: Register, *, when: str) -> None:
     """Let a row of x come, which may lie in two arrays. One thread of a row's does so."""
-    arrival = place.row, task.row_bytes
-    p.expect(arrival, task.row_bytes, when=when)
+    p.expect(place.arrival, task.row_bytes, when=when)
     there = 0
     for name, channels in (("x", task.length - task.more), ("more", task.more)):
         if channels:
             source = p.address(task.argument(name), row, 2 * channels)
-            p.fetch((place.row, there), source, 2 * channels, arrival, when=when)
+            p.fetch(place.row, there, source, 2 * channels, place.arrival, when=when)
             there += 2 * channels
 
 
@@ -79,7 +84,7 @@ def arrived(
       number: of the thread in its row.
       in_last: condition, it has a block in the last slot; None where all have.
     """
-    p.wait("ARRIVAL", (place.row, task.row_bytes), place.phase)
+    p.wait("ARRIVAL", place.arrival, place.phase)
     p.emit("xor.b32", place.phase, place.phase, 1)
     block_bytes = 2 * task.block
     pieces = block_bytes // PIECE_BYTES
