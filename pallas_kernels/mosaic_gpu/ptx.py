@@ -220,10 +220,6 @@ class Program:
         """64 bits: base + index * stride."""
         return self.let("mad.wide.u32", index, stride, base, kind="d")
 
-    def address_before(self, address: Operand, count: int) -> Register:
-        """64 bits: count bytes before an address."""
-        return self.let("sub.s64", address, count, kind="d")
-
     def select_address(self, condition: str, a: Operand, b: Operand) -> Register:
         """64 bits: a where the condition holds, else b."""
         return self.let("selp.b64", a, b, condition, kind="d")

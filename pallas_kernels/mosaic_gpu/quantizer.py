@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.config import THREADS
+from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY, THREADS
 from pallas_kernels.mosaic_gpu.operands import STEP
 from pallas_kernels.mosaic_gpu.ptx_kernel import run
 from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
@@ -139,6 +139,11 @@ def quantize(
         activation=activation,
         more=0 if more is None else more.shape[1],
     )
+    if task.shared_bytes > SHARED_MEMORY:
+        raise ValueError(
+            f"config: {task.rows_at_once} rows of K = {length} and the tables need "
+            f"{task.shared_bytes} bytes of shared memory, a thread block has {SHARED_MEMORY}"
+        )
     inputs = {"x": x} if more is None else {"x": x, "more": more}
     if sub_formatbooks is not None:
         _check_sub_formatbooks(sub_formatbooks, task)

@@ -415,7 +415,6 @@ OPERATIONS = {
     "add.s32": lambda a, b: a + b,
     "sub.s32": lambda a, b: a - b,
     "mad.lo.s32": lambda a, b, c: a * b + c,
-    "sub.s64": lambda a, b: a - b,
     "mad.wide.u32": lambda a, b, c: (a & np.uint64(0xFFFFFFFF)) * (b & np.uint64(0xFFFFFFFF)) + c,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,

@@ -12,6 +12,7 @@ import pytest
 
 import sdq
 from pallas_kernels.mosaic_gpu import quantizer, quantizer_program
+from pallas_kernels.mosaic_gpu.config import SHARED_MEMORY
 from pallas_kernels.mosaic_gpu.quantizer import Norm, SubFormatbooks
 from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
 from pallas_kernels.mosaic_gpu.quantizer_tables import bias, element_table
@@ -401,7 +402,7 @@ def test_default_cut_holds_every_row():
             config = default_config(length, task.block, norm=bool(length % 64))
             task = dataclasses.replace(task, config=config)
             assert words_held(length, task.block, config.threads) <= 56
-            assert task.shared_bytes <= 227 << 10
+            assert task.shared_bytes <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -419,6 +420,14 @@ def test_default_cut_holds_every_row():
 def test_impossible_cuts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**changes)
+
+
+def test_more_rows_than_shared_memory_holds():
+    x = jnp.zeros((64, 8192), jnp.bfloat16)
+    with pytest.raises(ValueError, match="config: 12 rows of K = 8192"):
+        quantizer.quantize(
+            x, formats.parse("sdq32:16"), config=Config(threads=32, warps=12), num_sms=1
+        )
 
 
 def abstract(shape, dtype=jnp.bfloat16):
