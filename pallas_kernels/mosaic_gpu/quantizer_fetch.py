@@ -1,7 +1,7 @@
 """Rows of x come to shared memory by themselves, while the threads work on those before.
 
 A row's place is free once its threads have the numbers in registers: then its first thread asks
-for the next. Nobody holds registers for what is on its way, and nobody waits for it.
+for the next. Nobody holds registers for what is on its way.
 """
 
 from typing import NamedTuple

@@ -46,14 +46,32 @@ def arranged(gain: jax.Array, shift: jax.Array, task: Task) -> jax.Array:
     return both.transpose(0, 2, 4, 1, 3, 5)
 
 
-def read(p: Program, task: Task, at: Register, four: int) -> Modulation:
-    """Of four of a thread's numbers; `at` is where its first gain is."""
-    slot, in_block = divmod(four, task.block // QUAD)
-    tile = slot * task.config.threads // WARP
-    offset = (tile * (task.block // QUAD) + in_block) * QUAD_BYTES
-    # Not "global.nc": the compiler would load them once for all rows and registers spill.
-    gains = p.load("global", QUAD, at, offset)
-    return Modulation(gains, p.load("global", QUAD, at, offset + QUAD_BYTES // 2))
+def modulation_of(
+    p: Program, task: Task, row: Register, warp: Register, lane: Register
+) -> Callable[[int], Modulation]:
+    """What reads gains and shifts of four of a thread's numbers, counted from its first.
+
+    Args:
+      p: to be continued.
+      task: with an eps.
+      row: of x.
+      warp: number of this thread's in its row.
+      lane: number of this thread in its warp.
+    """
+    video = p.let("div.u32", row, task.rows // task.batch) if task.batch > 1 else p.copy(0)
+    tile_bytes = task.block // QUAD * QUAD_BYTES
+    warps = task.config.threads // WARP
+    at: Register = p.address(task.argument("modulation"), video, task.slots * warps * tile_bytes)
+    at = p.address(p.address(at, warp, tile_bytes), lane, 4 * QUAD)
+
+    def read(four: int) -> Modulation:
+        slot, in_block = divmod(four, task.block // QUAD)
+        offset = slot * warps * tile_bytes + in_block * QUAD_BYTES
+        # Not "global.nc": the compiler would load them once for all rows and registers spill.
+        gains = p.load("global", QUAD, at, offset)
+        return Modulation(gains, p.load("global", QUAD, at, offset + QUAD_BYTES // 2))
+
+    return read
 
 
 def normalise(
@@ -72,7 +90,7 @@ def normalise(
       blocks: this thread's, each its words, zero where it does not exist, and the condition that
         one of its warp's does, or None: all do.
       lane: number of this thread in its warp.
-      modulation: of four of this thread's numbers, counted from its first.
+      modulation: what reads this thread's gains and shifts.
       sums_of_row: of float32 numbers that each warp has.
     """
     assert task.eps is not None

@@ -37,13 +37,7 @@ from pallas_kernels.mosaic_gpu.quantizer_fetch import (
     initialise,
     place_of,
 )
-from pallas_kernels.mosaic_gpu.quantizer_norm import (
-    QUAD,
-    QUAD_BYTES,
-    Modulation,
-    normalise,
-    read,
-)
+from pallas_kernels.mosaic_gpu.quantizer_norm import modulation_of, normalise
 from pallas_kernels.mosaic_gpu.quantizer_task import (
     DIALECT_BYTES,
     DIALECTS,
@@ -193,8 +187,8 @@ def _row(
         for block in blocks:
             activate(p, task.activation, block.words)
     masks = _masks(p, task, lane, source)
-    out = _outputs(p, task, lane, row, unfinished)
     if task.eps is not None:
+        in_warp = p.both(lane.number, WARP - 1)
 
         def sums_of_row(*of_warp: Register) -> list[Register]:
             sums = _across_row(p, task, lane, "add.rn.f32", *of_warp)
@@ -205,10 +199,12 @@ def _row(
             p,
             task,
             [(words, exists and lane.warp_in_last) for words, exists in blocks],
-            p.both(lane.number, WARP - 1),
-            _modulation(p, task, lane, source),
+            in_warp,
+            modulation_of(p, task, source, lane.warp, in_warp),
             sums_of_row,
         )
+
+    out = _outputs(p, task, lane, row, unfinished)  # behind a norm, which needs the registers
 
     p.label("AGAIN")
     maxima = [block_maximum(p, block.words) for block in blocks]
@@ -254,7 +250,7 @@ def _row(
 
 
 def _source(p: Program, task: Task, row: Register) -> Register:
-    """Which row of x to read; behind the last row, as there."""
+    """Which row of x to read; means nothing where no row is left."""
     if not task.residuals:
         return row
     row = p.smaller(row, task.rows + task.residuals - 1)
@@ -300,17 +296,6 @@ def _outputs(p: Program, task: Task, lane: Lane, row: Register, is_residual: str
         exponent=p.address(exponents, row, 1),
         metadata=metadata,
     )
-
-
-def _modulation(p: Program, task: Task, lane: Lane, row: Register) -> Callable[[int], Modulation]:
-    """Of this thread's numbers in a row of x."""
-    video = p.let("div.u32", row, task.rows // task.batch) if task.batch > 1 else p.copy(0)
-    tile = task.block // QUAD * QUAD_BYTES
-    warps = task.config.threads // WARP
-    at: Register = p.address(task.argument("modulation"), video, task.slots * warps * tile)
-    at = p.address(at, lane.warp, tile)
-    at = p.address(at, p.both(lane.number, WARP - 1), 4 * QUAD)
-    return functools.partial(read, p, task, at)
 
 
 def _across_row(

@@ -204,16 +204,15 @@ class Machine:
         places = [self.address(name, lanes).astype(np.int64) for name in (to, source, arrival)]
         for into, begin, at in zip(*(place.tolist() for place in places), strict=True):
             assert into % 16 == begin % 16 == size % 16 == 0, "misaligned"
-            parts = self.memory["shared"], into, self.memory["global"], begin
-
-            def copy(shared, into, memory, begin):
-                assert memory.open[begin : begin + size].all(), "outside every array"
-                assert shared.open[into : into + size].all(), "outside shared memory"
-                shared.bytes[into : into + size] = memory.bytes[begin : begin + size]
-
-            self.arrivals[at].fetch(size, functools.partial(copy, *parts))
+            self.arrivals[at].fetch(size, functools.partial(self.copy_in, into, begin, size))
             if self.rng is not None and self.rng.random() < 0.5:
                 self.arrivals[at].come()
+
+    def copy_in(self, into, begin, size):
+        shared, memory = self.memory["shared"], self.memory["global"]
+        assert memory.open[begin : begin + size].all(), "outside every array"
+        assert shared.open[into : into + size].all(), "outside shared memory"
+        shared.bytes[into : into + size] = memory.bytes[begin : begin + size]
 
     def address(self, operand, lanes):
         base, _, offset = operand.strip("[]").partition("+")

@@ -1,6 +1,7 @@
 """The quantiser's program, run on a CPU, against `sdq.quantize`: every bit."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -18,6 +19,7 @@ from pallas_kernels.mosaic_gpu.quantizer_norm import arranged
 from pallas_kernels.mosaic_gpu.quantizer_tables import bias, element_table
 from pallas_kernels.mosaic_gpu.quantizer_task import (
     WARP,
+    WORDS_HELD,
     Config,
     Task,
     default_config,
@@ -164,6 +166,7 @@ def test_every_bit_is_sdqs(book, block, rng):
         (3072, "sdq32:16", {"threads": 96, "warps": 12}),  # numbers of three warps
         (5120, "sdq32:16", {"threads": 160, "warps": 20}),  # of five
         (5152, "e2m1:16", {"threads": 256, "warps": 8}),
+        (2080, "e2m1:16", {"threads": 128, "columns": 1}),  # a table of 520 bytes
     ],
 )
 def test_rows_of_any_length(length, fmt, config, rng):
@@ -396,13 +399,12 @@ def test_default_cut_holds_every_row():
     assert [default_config(k, 16).threads for k in (1536, 5120, 8960, 13824)] == [
         *(32, 160, 128, 128)
     ]
-    for fmt in ("sdq32:16", "sdq32:32"):
-        for length in range(32, 28672, 32):
-            task = task_of((1, length), fmt)
-            config = default_config(length, task.block, norm=bool(length % 64))
-            task = dataclasses.replace(task, config=config)
-            assert words_held(length, task.block, config.threads) <= 56
-            assert task.shared_bytes <= SHARED_MEMORY
+    every = itertools.product(("sdq32:16", "sdq32:32"), (False, True), range(32, 28672, 32))
+    for fmt, norm, length in every:
+        task = task_of((1, length), fmt)
+        config = default_config(length, task.block, norm=norm)
+        assert words_held(length, task.block, config.threads) <= max(WORDS_HELD.values())
+        assert dataclasses.replace(task, config=config).shared_bytes <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -476,6 +478,11 @@ def test_compiled_for_a_hopper_gpu(tmp_path):
         *(
             {"m": 32760, "k": k, "books": k // 16, "residuals": 3276, "batch": 1, "metadata": False}
             for k in (1536, 3072, 5120)
+        ),
+        *(
+            {"m": 32760, "k": k, "batch": batch, "metadata": False}
+            for k in (1536, 3072, 5120)
+            for batch in (1, 2)
         ),
         {"m": 32760, "k": 13824, "format": "sdq32:32"},
         {"m": 33, "k": 28672, "format": "e2m1:16"},
